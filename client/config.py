@@ -1,0 +1,140 @@
+"""What a node knows about itself: `client.toml`, and where everything lies in the node's folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shared_models.files import read_toml, write_whole
+from shared_models.validation import validate
+
+Address = Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[^\s:/]+):[0-9]{1,5}$")]
+JobHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Part(BaseModel):
+    """One table of `client.toml`; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerPart(Part):
+    """`[server]`: where the federation's server answers, each `host:port`.
+
+    Attributes:
+        fleet: Flower's SuperLink, for the SuperNode.
+        enrollment: where this node enrolled.
+        membership: the mutual-TLS service that says who this node is.
+    """
+
+    fleet: Address
+    enrollment: Address
+    membership: Address
+
+
+class DataPart(Part):
+    """`[data]`: the private data of this site.
+
+    Attributes:
+        folder: absolute path; it never leaves this file.
+        format: name of a registered reader, e.g. `imagefolder`.
+        labels: this site's own class name -> the job's label, where they differ.
+    """
+
+    folder: Path
+    format: str
+    labels: dict[str, str] = {}
+
+
+class PolicyPart(Part):
+    """`[policy]`: what may run here without being asked for on the command line.
+
+    Attributes:
+        approve: hashes of the jobs this site has agreed to, 64 hex digits each.
+        approve_all: agree to every job of this server.
+    """
+
+    approve: tuple[JobHash, ...] = ()
+    approve_all: bool = False
+
+
+class ClientConfig(Part):
+    """The whole `client.toml`. `site` is the name the server gave; the certificate carries it too."""
+
+    site: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    server: ServerPart
+    data: DataPart
+    policy: PolicyPart = PolicyPart()
+
+
+@dataclass(frozen=True)
+class NodeFolder:
+    """Where everything of one node lies."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """`client.toml`, the one file meant to be edited."""
+        return self.root / "client.toml"
+
+    @property
+    def ca(self) -> Path:
+        """The server's certificate authority, PEM."""
+        return self.root / "pki" / "ca.crt"
+
+    @property
+    def key(self) -> Path:
+        """The site's private key, OpenSSH format: for the SuperNode as it is, for mutual TLS through `credentials`."""
+        return self.root / "pki" / "site.key"
+
+    @property
+    def certificate(self) -> Path:
+        """The site's certificate, PEM."""
+        return self.root / "pki" / "site.crt"
+
+    @property
+    def flower(self) -> Path:
+        """The SuperNode's private home."""
+        return self.root / "flower"
+
+    @property
+    def state(self) -> Path:
+        """What methods keep at this site between rounds."""
+        return self.root / "state"
+
+    @property
+    def requests(self) -> Path:
+        """Jobs that were asked for and wait for approval."""
+        return self.root / "requests"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the node's processes."""
+        return self.root / "logs"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Every folder an enrolled node has."""
+        return (self.root, self.ca.parent, self.flower, self.state, self.requests, self.logs)
+
+
+def load(node_dir: Path) -> ClientConfig:
+    """Read and check a node's `client.toml`.
+
+    Raises:
+        ConfigError: it is missing, broken (with the line) or has a key or value that cannot be (with the nearest key).
+    """
+    path = NodeFolder(node_dir).config
+    hint = f"Enroll first: fedzoo client enroll INVITE --dir {node_dir} --data FOLDER"
+    return validate(ClientConfig, read_toml(path, hint), str(path))
+
+
+def save(node_dir: Path, config: ClientConfig) -> None:
+    """Write `client.toml` whole, readable by this user alone."""
+    import tomli_w
+
+    write_whole(NodeFolder(node_dir).config, tomli_w.dumps(config.model_dump(mode="json")))

@@ -1,0 +1,151 @@
+"""Instruction -> Contribution: the one entry to a site, for every engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+
+from client.policy import Policy
+from client.readers.base import Examples, Splits
+from client.state import State
+from client.trainer import EVALUATION_BATCH, evaluate, train
+from client.workbench import Workbench, determinism
+from shared_models.checks import check_contribution
+from shared_models.errors import FedzooError, FingerprintError
+from shared_models.job import Job
+from shared_models.messages import Contribution, Instruction, refusal
+from shared_models.spec import require_same
+from shared_models.sums import Groups
+from shared_models.tasks.base import Batch
+
+log = logging.getLogger("fedzoo.client")
+
+Data = Callable[[Job], Splits]
+Benches = Callable[[Job], Workbench]
+
+
+class Handler:
+    """One site: its name, its data, what it remembers and what it permits.
+
+    Args:
+        site: the name that keys its randomness and its state.
+        data: the site's examples under a job's preprocessing and labels.
+        state: where it remembers.
+        policy: what it permits.
+        benches: the workbench of a job; shared by all sites of a process.
+    """
+
+    def __init__(self, site: str, data: Data, state: State, policy: Policy, benches: Benches) -> None:
+        self.site = site
+        self.data = data
+        self.state = state
+        self.policy = policy
+        self.benches = benches
+
+    def handle(self, instruction: Instruction) -> Contribution:
+        """Do what is asked, or answer with a code. Never raises: what went wrong is logged here and stays here.
+
+        The answer's tensors may be views of the shared model: use them before the next call.
+        """
+        try:
+            self.policy.require(instruction)
+            with determinism(instruction.job.train.deterministic):
+                return self._answer(instruction)
+        except FedzooError as error:
+            log.error("%s, round %d: %s", instruction.kind, instruction.round, error)
+            return refusal(instruction, error.code)
+        except Exception:
+            log.exception("%s, round %d failed", instruction.kind, instruction.round)
+            return refusal(instruction, "exception")
+
+    def _answer(self, instruction: Instruction) -> Contribution:
+        if instruction.site != self.site:
+            raise FingerprintError(f"an instruction for '{instruction.site}' reached '{self.site}'", code="wrong-site")
+        bench = self.benches(instruction.job)
+        if instruction.kind == "probe":
+            require_same(bench.spec, dict(instruction.document), "the server")
+        elif bench.spec.fingerprint != instruction.fingerprint:
+            raise FingerprintError("the server's model is not the one this node would train")
+        splits = self.data(instruction.job)
+        if instruction.kind == "probe":
+            return self._reply(instruction, document=bench.spec.document, examples=len(splits.train))
+        stored = self.state.replay(instruction)
+        if stored is not None:
+            log.info("round %d was answered before; the same answer is sent again", instruction.round)
+            return stored
+        kept = self.state.load(instruction.run)
+        bench.load(dict(instruction.groups["model"]), kept.get("personal", {}))
+        metrics = {
+            f"{part}/{task}/{name}": value
+            for part, task in instruction.evaluate
+            for name, value in evaluate(bench, self._examples(splits, part, task, instruction.job)).items()
+        }
+        if instruction.kind == "evaluate":
+            return self._reply(instruction, metrics=metrics)
+        examples = self._examples(splits, "train", instruction.task, instruction.job)
+        if not len(examples):
+            return self._reply(instruction, code="no-data", metrics=metrics)
+        if instruction.kind == "end_task":
+            return self._end_task(instruction, bench, examples, kept)
+        return self._train(instruction, bench, examples, kept, metrics)
+
+    def _train(
+        self,
+        instruction: Instruction,
+        bench: Workbench,
+        examples: Examples,
+        kept: dict[str, Groups],
+        metrics: dict[str, torch.Tensor],
+    ) -> Contribution:
+        down = {g: {n: t.to(bench.device) for n, t in ts.items()} for g, ts in instruction.groups.items()}
+        states = [piece.begin_round(down, kept.get(piece.name, {})) for piece in bench.pieces]
+        progress = train(bench, examples, instruction, states)
+        after = dict(kept)
+        up: Groups = {}
+        for i, piece in enumerate(bench.pieces):
+            given, after[piece.name] = piece.end_round(bench.sent(), down, kept.get(piece.name, {}), progress)
+            up = given if i == 0 else up  # the federated method's answer; a continual piece sends nothing
+        after["personal"] = bench.personal()
+        reply = self._reply(
+            instruction,
+            examples=len(examples),
+            samples=progress.samples,
+            steps=progress.steps,
+            metrics=metrics,
+            groups=up,
+        )
+        check_contribution(reply, instruction, down, instruction.job.federation.max_update_norm)
+        self.state.save(instruction, after, reply)
+        return reply
+
+    def _end_task(
+        self, instruction: Instruction, bench: Workbench, examples: Examples, kept: dict[str, Groups]
+    ) -> Contribution:
+        after = dict(kept)
+        for piece in bench.pieces:
+            batches = _in_order(examples, bench.device)
+            after[piece.name] = piece.end_task(bench.model, bench.task, batches, kept.get(piece.name, {}))
+        reply = self._reply(instruction, examples=len(examples))
+        self.state.save(instruction, after, reply)
+        return reply
+
+    def _examples(self, splits: Splits, part: str, task: int, job: Job) -> Examples:
+        examples: Examples = getattr(splits, part)
+        return examples if job.time == "offline" else examples.of_classes(job.tasks[task])
+
+    def _reply(self, instruction: Instruction, **fields: object) -> Contribution:
+        return Contribution(
+            instruction.kind,
+            instruction.run,
+            self.site,
+            instruction.task,
+            instruction.round,
+            **fields,  # type: ignore[arg-type]
+        )
+
+
+def _in_order(examples: Examples, device: torch.device) -> Iterator[Batch]:
+    for rows in torch.arange(len(examples)).split(EVALUATION_BATCH):
+        yield examples.batch(rows, device)

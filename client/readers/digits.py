@@ -1,0 +1,52 @@
+"""scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 that ship with the library. For demos and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from client.readers.base import Reader, Store, reader
+from client.readers.images import to_tensor
+from shared_models.errors import DataError
+from shared_models.job import DataPart
+
+
+@reader("digits")
+class Digits(Reader):
+    """Pixels 0..16 are scaled to bytes 0..255. The root is not used."""
+
+    def read(self, root: Path, data: DataPart, labels: Sequence[str], mapping: Mapping[str, str]) -> Store:
+        """Samples in the order of label list and index; labels must be the ten digits, in any order."""
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            raise DataError(
+                "the reader 'digits' needs scikit-learn", hint="pip install 'fedzoo[simulations]'"
+            ) from None
+        index = {label: i for i, label in enumerate(labels)}
+        names = [mapping.get(str(d), str(d)) for d in range(10)]
+        if missing := [n for n in names if n not in index]:
+            raise DataError(f"digit '{missing[0]}' is not a label of the job", hint="labels = ['0', ..., '9']")
+        pixels, target = load_digits(return_X_y=True)
+        grey = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        labels_of = [index[names[d]] for d in target]
+        order = sorted(range(len(grey)), key=lambda i: (labels_of[i], i))
+        return Store(
+            images=torch.stack([to_tensor(Image.fromarray(grey[i]), data) for i in order]),
+            labels=torch.tensor([labels_of[i] for i in order]),
+            names=[f"{i:05d}.png" for i in order],
+            data=data,
+        )
+
+    def check(self, root: Path) -> dict[str, Any]:
+        """The library's own counts."""
+        from sklearn.datasets import load_digits
+
+        _, target = load_digits(return_X_y=True)
+        counts = {str(d): int(n) for d, n in enumerate(np.bincount(target))}
+        return {"images": len(target), "classes": {"all": counts}, "unreadable": []}

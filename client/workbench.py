@@ -1,0 +1,75 @@
+"""One built model that serves every site of this process in turn: weights are copied in place, never reallocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from shared_models.job import Job, TrainPart
+from shared_models.methods.base import make_pieces
+from shared_models.spec import build_model
+from shared_models.sums import Groups
+from shared_models.tasks.base import make_task
+
+
+class Workbench:
+    """What one job needs on this device: model, spec, task, method pieces, optimizer.
+
+    Args:
+        job: the resolved job.
+        device: `cuda` where there is one, else `cpu`, unless given.
+    """
+
+    def __init__(self, job: Job, device: torch.device | None = None) -> None:
+        self.job = job
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, self.spec = build_model(job)
+        self.model.to(self.device)
+        self.task = make_task(job)
+        self.pieces = make_pieces(job)
+        self.entries: dict[str, Tensor] = {k: v.detach() for k, v in self.model.state_dict(keep_vars=True).items()}
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(job.train, list(self.trained.values()))
+        sent = set(self.spec.sent)
+        local = [e.key for e in self.spec.entries if e.key not in sent and e.nature != "alias"]
+        self._initial = {k: self.entries[k].clone() for k in local}
+
+    def load(self, model: dict[str, Tensor] | Groups, personal: Groups) -> None:
+        """Begin a round: sent entries from the server, personal ones from the node, all others as initialised."""
+        received = {**self._initial, **personal.get("model", {}), **model}
+        torch._foreach_copy_([self.entries[k] for k in received], list(received.values()))  # type: ignore[arg-type]
+        self.optimizer.state.clear()
+
+    def sent(self) -> dict[str, Tensor]:
+        """The entries that go up: views of the live model, valid until the next `load`."""
+        return {k: self.entries[k] for k in self.spec.sent}
+
+    def personal(self) -> Groups:
+        """The entries that stay on the node."""
+        return {"model": {k: self.entries[k] for k in self.spec.personal}}
+
+
+def make_optimizer(part: TrainPart, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's own optimizers, with the job's settings."""
+    if part.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=part.lr, weight_decay=part.weight_decay)
+    return torch.optim.SGD(parameters, lr=part.lr, momentum=part.momentum, weight_decay=part.weight_decay)
+
+
+@contextmanager
+def determinism(enabled: bool) -> Iterator[None]:
+    """One thread per operation and deterministic kernels inside the block."""
+    if not enabled:
+        yield
+        return
+    threads, kernels = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(kernels)

@@ -1,0 +1,350 @@
+"""The one round loop: select, dispatch, collect, check, accumulate, finish, checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from server.checkpoint import read_checkpoint, write_atomically, write_checkpoint
+from server.events import Events
+from server.executor import Executor
+from server.selection import select
+from shared_models.checks import check_contribution
+from shared_models.errors import Rejected, RunError
+from shared_models.job import Job
+from shared_models.messages import Budget, Contribution, Instruction, Part, payload_bytes
+from shared_models.methods.base import make_method, make_pieces, overrides
+from shared_models.spec import build_model
+from shared_models.sums import Groups, PairwiseMean
+from shared_models.tasks.base import add_sums, make_task
+
+Sums = dict[str, Tensor]
+
+
+@dataclass
+class Totals:
+    """What a run cost. Bytes are tensor payloads; sequential steps add each round's slowest site."""
+
+    rounds: int = 0
+    samples: int = 0
+    sequential_steps: int = 0
+    optimizer_resets: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    rejections: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Progress:
+    """All a run must remember beside its tensors; it is what a checkpoint's JSON holds.
+
+    Attributes:
+        round: the next round.
+        curve: validation metrics of the model after each round, from the untrained one on.
+        matrix: R[t][i], the headline metric on the test data of task i after task t.
+        best: (headline on validation, round) of the best model so far, with `select = "best"`.
+    """
+
+    round: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    matrix: list[list[float]] = field(default_factory=list)
+    best: tuple[float, int] | None = None
+    totals: Totals = field(default_factory=Totals)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: the model, and its test metrics on each site's own data and on all sites' data together."""
+
+    model: Mapping[str, Tensor]
+    fingerprint: str
+    per_site: Mapping[str, Mapping[str, float]]
+    all_sites: Mapping[str, float]
+    curve: Sequence[Mapping[str, float]]
+    matrix: Sequence[Sequence[float]]
+    totals: Totals
+
+    def document(self) -> dict[str, Any]:
+        """As plain data, without the tensors."""
+        return {k: v for k, v in asdict(replace(self, model={})).items() if k != "model"}
+
+
+class Coordinator:
+    """Runs one job over an executor.
+
+    Args:
+        job: the resolved job.
+        executor: where contributions come from.
+        run: the run's id; it names state at the sites.
+        folder: receives checkpoint, events and result; None keeps nothing.
+        events: where events go besides.
+        evaluators: sites whose validation and test data measure the model at the end; by default the population.
+        budget: round -> budget of each selected site, None to leave the round out; by default the job's own.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        executor: Executor,
+        run: str,
+        *,
+        folder: Path | None = None,
+        events: Events | None = None,
+        evaluators: Sequence[str] | None = None,
+        budget: Callable[[int], Budget | None] | None = None,
+    ) -> None:
+        self.job, self.executor, self.run_id, self.folder = job, executor, run, folder
+        self.events = events or Events(folder / "events.jsonl" if folder else None)
+        self.evaluators = evaluators
+        self.budget = budget or (lambda round: round_budget(job, round))
+        self.method, self.task = make_method(job), make_task(job)
+        model, self.spec = build_model(job)
+        entries = model.state_dict()
+        template = {name: entries[name].detach().clone() for name in self.spec.sent}
+        self.state: Groups = self.method.init(template, self.spec.trained)
+        self.best_model: Mapping[str, Tensor] = {}
+        self.progress = Progress()
+
+    def run(self) -> Outcome:
+        """Run to the end, from the checkpoint where there is one.
+
+        Raises:
+            RunError: too few contributions of a round were accepted, or the checkpoint belongs to another job.
+            DeploymentError: too few sites are there.
+        """
+        part = self.job.federation
+        self._restore()
+        self.events.emit("start", run=self.run_id, job=self.job.hash, round=self.progress.round, rounds=part.rounds)
+        self.executor.admit(self._probe, part.min_sites, part.wait)
+        for round in range(self.progress.round, part.rounds):
+            started = time.perf_counter()
+            self._round(round)
+            task = task_of(self.job, round)
+            if len(self.job.tasks) > 1 and task_of(self.job, round + 1) != task:
+                self._end_task(task, round)
+            self.progress.round = round + 1
+            self.progress.totals.seconds += time.perf_counter() - started
+            self._checkpoint()
+        return self._finish()
+
+    # ---- one round ---------------------------------------------------------------------------------------------------
+    def _round(self, round: int) -> None:
+        part, totals = self.job.federation, self.progress.totals
+        budget = self.budget(round)
+        if budget is None:
+            return
+        population = self.executor.population(part.min_sites, part.wait)
+        cohort = select(population, part.fraction, self.job.seed, round)
+        down = self.method.down(self.state)
+        base = self._instruction(
+            "train",
+            round=round,
+            budget=budget,
+            evaluate=tuple(("validation", t) for t in range(len(self.job.tasks))),
+            groups=down,
+        )
+        slots = {site: slot for slot, site in enumerate(cohort)}
+        mean = PairwiseMean(len(cohort))
+        rows: dict[str, dict[str, float]] = {}
+        refused: dict[str, str] = {}
+        validation: list[Contribution] = []
+        for reply in self.executor.run(replace(base, site=site) for site in cohort):
+            slot = slots[reply.site]
+            try:
+                norm = check_contribution(reply, replace(base, site=reply.site), down, part.max_update_norm)
+            except Rejected as error:
+                mean.skip(slot)
+                if error.code == "no-data":
+                    rows[reply.site] = {"examples": 0, "samples": 0, "steps": 0, "norm": 0.0}
+                    validation.append(replace(reply, groups={}))
+                else:
+                    refused[reply.site] = error.code
+                    totals.rejections += 1
+                    self.events.emit("rejected", round=round, site=reply.site, code=error.code, detail=str(error))
+                continue
+            weight = float(reply.examples) if self.method.weighting == "examples" else 1.0
+            mean.add(slot, reply.groups, dict.fromkeys(reply.groups, weight))
+            rows[reply.site] = {
+                "examples": reply.examples,
+                "samples": reply.samples,
+                "steps": reply.steps,
+                "norm": round_to(norm),
+            }
+            totals.bytes_up += payload_bytes(reply.groups)
+            validation.append(replace(reply, groups={}))
+        if len(rows) < part.min_sites:
+            reasons = ", ".join(f"{site} {code}" for site, code in sorted(refused.items()))
+            raise RunError(
+                f"round {round}: {len(rows)} of {len(cohort)} contributions accepted, {part.min_sites} needed ({reasons})",
+                hint="The run can be resumed from its checkpoint",
+            )
+        self._measure(round, validation)
+        means = mean.result()
+        if means is not None:
+            accepted = sum(row["examples"] > 0 for row in rows.values())
+            self.state = _as(down, self.method.finish(self.state, means, accepted, len(population)))
+        totals.rounds += 1
+        totals.samples += int(sum(row["samples"] for row in rows.values()))
+        totals.sequential_steps += int(max(row["steps"] for row in rows.values()))
+        totals.optimizer_resets += sum(row["steps"] > 0 for row in rows.values())
+        totals.bytes_down += payload_bytes(down) * len(cohort)
+        sites = sorted(rows, key=slots.__getitem__)
+        columns = {name: [rows[s][name] for s in sites] for name in ("examples", "samples", "steps", "norm")}
+        self.events.emit(
+            "round",
+            round=round,
+            rounds=part.rounds,
+            task=base.task,
+            sites=sites,
+            **columns,
+            rejected=refused,
+            validation=self.progress.curve[-1],
+        )
+
+    def _measure(self, round: int, replies: Iterable[Contribution]) -> None:
+        """Validation of the model that this round started from, over the sites that answered."""
+        values = self.task.values(_merge(replies, "validation"))
+        self.progress.curve.append({"round": round, **{k: round_to(v) for k, v in values.items()}})
+        if self.job.federation.select == "best":
+            score = values[self.task.headline]
+            if self.progress.best is None or score > self.progress.best[0]:
+                self.progress.best, self.best_model = (score, round), self.state["model"]
+
+    # ---- between tasks and at the end --------------------------------------------------------------------------------
+    def _end_task(self, task: int, round: int) -> None:
+        if any(overrides(piece, "end_task") for piece in make_pieces(self.job)):
+            base = self._instruction("end_task", task=task, round=round, groups=self.method.down(self.state))
+            for reply in self.executor.run(replace(base, site=site) for site in self._evaluators()):
+                self._accept(reply, base)
+        tasks = range(len(self.job.tasks))
+        replies = self._evaluate(self.state["model"], tuple(("test", t) for t in tasks), round)
+        row = [self.task.values(_merge(replies, f"test/{t}"))[self.task.headline] for t in tasks]
+        self.progress.matrix.append([round_to(v) for v in row])
+        self.events.emit("task", task=task, round=round, test=self.progress.matrix[-1])
+
+    def _finish(self) -> Outcome:
+        rounds, tasks = self.job.federation.rounds, range(len(self.job.tasks))
+        parts: tuple[tuple[Part, int], ...] = tuple((p, t) for p in ("validation", "test") for t in tasks)  # type: ignore[misc]
+        started = time.perf_counter()
+        replies = self._evaluate(self.state["model"], parts, rounds)
+        part = self.job.federation
+        trained = set(self.executor.population(part.min_sites, part.wait)) if self.evaluators is not None else set()
+        self._measure(rounds, [r for r in replies if r.site in trained] or replies)
+        model = self.state["model"]
+        if self.progress.best is not None and self.progress.best[1] < rounds:
+            model = self.best_model
+            replies = self._evaluate(model, parts, rounds)
+        self.progress.totals.seconds += time.perf_counter() - started
+        outcome = Outcome(
+            model=model,
+            fingerprint=self.spec.fingerprint,
+            per_site={r.site: self.task.values(_merge([r], "test")) for r in sorted(replies, key=lambda r: r.site)},
+            all_sites=self.task.values(_merge(replies, "test")),
+            curve=self.progress.curve,
+            matrix=self.progress.matrix,
+            totals=self.progress.totals,
+        )
+        if self.folder:
+            write_atomically(self.folder / "model.safetensors", save({n: t.contiguous() for n, t in model.items()}))
+        self.events.emit("end", test=outcome.all_sites, per_site=outcome.per_site, totals=asdict(outcome.totals))
+        return outcome
+
+    def _evaluate(self, model: Mapping[str, Tensor], parts: tuple[tuple[Part, int], ...], round: int) -> list[Contribution]:
+        base = self._instruction("evaluate", round=round, evaluate=parts, groups={"model": model})
+        asked = (replace(base, site=site) for site in self._evaluators())
+        replies = [reply for reply in self.executor.run(asked) if self._accept(reply, base)]
+        if not replies:
+            raise RunError("no site could evaluate the model", hint="The events of the run name the codes")
+        return replies
+
+    def _accept(self, reply: Contribution, base: Instruction) -> bool:
+        try:
+            check_contribution(reply, replace(base, site=reply.site), {}, float("inf"))
+        except Rejected as error:
+            if error.code != "no-data":
+                self.progress.totals.rejections += 1
+                self.events.emit("rejected", round=base.round, site=reply.site, code=error.code, detail=str(error))
+            return False
+        return True
+
+    def _evaluators(self) -> Sequence[str]:
+        part = self.job.federation
+        return self.evaluators if self.evaluators is not None else self.executor.population(part.min_sites, part.wait)
+
+    # ---- instructions and checkpoints --------------------------------------------------------------------------------
+    def _instruction(self, kind: Any, **fields: Any) -> Instruction:
+        rounds = self.job.federation.rounds
+        task = fields.pop("task", task_of(self.job, min(fields.get("round", 0), rounds - 1)))
+        return Instruction(kind, self.run_id, "", self.job, self.spec.fingerprint, task=task, rounds=rounds, **fields)
+
+    def _probe(self, site: str) -> Instruction:
+        return replace(self._instruction("probe", document=self.spec.document), site=site)
+
+    def _checkpoint(self) -> None:
+        if self.folder:
+            groups = {**self.state, **({"best": self.best_model} if self.best_model else {})}
+            facts = {"job": self.job.hash, "run": self.run_id, "progress": asdict(self.progress)}
+            write_checkpoint(self.folder / "checkpoint", groups, facts)
+
+    def _restore(self) -> None:
+        found = read_checkpoint(self.folder / "checkpoint") if self.folder else None
+        if found is None:
+            return
+        groups, facts = found
+        if facts["job"] != self.job.hash:
+            raise RunError(f"the checkpoint in {self.folder} belongs to another job", hint="Start a new run")
+        self.best_model = groups.pop("best", {})
+        self.state = groups
+        saved = facts["progress"]
+        best = tuple(saved["best"]) if saved["best"] else None
+        self.progress = Progress(**{**saved, "best": best, "totals": Totals(**saved["totals"])})
+        self.events.emit("resumed", round=self.progress.round)
+
+
+def task_of(job: Job, round: int) -> int:
+    """The task of a round: the rounds are shared out evenly over the stream, in order."""
+    tasks, rounds = len(job.tasks), job.federation.rounds
+    edges = [-(-t * rounds // tasks) for t in range(1, tasks + 1)]
+    return next((t for t, edge in enumerate(edges) if round < edge), tasks)
+
+
+def round_budget(job: Job, round: int) -> Budget:
+    """What each selected site trains in a round.
+
+    A stream makes the same number of rounds and of passes over every sample as the offline job: a round of a task that
+    has R_t of the R rounds makes R / R_t times the epochs, on that task's data alone.
+    """
+    if job.train.steps is not None:
+        return Budget(steps=job.train.steps)
+    rounds = job.federation.rounds
+    own = sum(task_of(job, r) == task_of(job, round) for r in range(rounds)) if len(job.tasks) > 1 else rounds
+    return Budget(epochs=job.train.epochs * rounds / own)
+
+
+def round_to(value: float) -> float:
+    """Seven significant digits: what float32 holds, and readable in a log."""
+    return float(f"{value:.7g}")
+
+
+def _merge(replies: Iterable[Contribution], prefix: str) -> Sums:
+    """Metric sums below `prefix`, added over replies and over what stands between prefix and name."""
+    sums: Sums = {}
+    for reply in sorted(replies, key=lambda r: r.site):  # float sums must not depend on arrival
+        for path, value in reply.metrics.items():
+            if path.startswith(prefix + "/"):
+                add_sums(sums, {path.rpartition("/")[2]: value})
+    return sums
+
+
+def _as(like: Groups, groups: Groups) -> Groups:
+    """The groups with the dtypes that travel (means are float32)."""
+    return {
+        g: {n: t.to(like[g][n].dtype) if g in like and n in like[g] else t for n, t in ts.items()} for g, ts in groups.items()
+    }

@@ -1,0 +1,95 @@
+"""The server in one foreground process: SuperLink, the enrollment service and the membership service."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+
+import grpc
+
+from server.authority import Authority
+from server.config import ServerFolder, load
+from server.enrollment import start_services
+from server.flower_control import FlowerControl
+from server.nodes import Roster
+from server.superlink import SuperLink
+from shared_models.errors import DeploymentError
+from shared_models.process import require_free_port
+
+POLL_SECONDS = 0.2
+log = logging.getLogger("fedzoo.server")
+
+
+def serve(server_dir: Path, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Run the server until SIGINT or SIGTERM, then stop everything it started. Call it from the main thread.
+
+    Args:
+        server_dir: a folder made by `fedzoo server init`.
+        on_ready: called once, when nodes can enroll and connect.
+
+    Raises:
+        ConfigError: the folder is not a server's.
+        DeploymentError: a port is taken or SuperLink does not start; with the end of its log.
+    """
+    os.umask(0o077)
+    folder = ServerFolder(server_dir)
+    config = load(server_dir)
+    authority = Authority.load(folder.pki)
+    roster = Roster(folder.nodes)
+    for port, purpose in ((config.ports.enrollment, "enrollment"), (config.ports.membership, "membership")):
+        require_free_port(config.bind.strip("[]"), port, f"the {purpose} service ([ports] {purpose})")
+    with _stop_signals() as stop, ExitStack() as running:
+        superlink = SuperLink(folder, config, authority)
+        running.callback(superlink.stop)
+        superlink.start(give_up=stop.is_set)
+        if stop.is_set():
+            return
+        control = running.enter_context(FlowerControl(config.control, authority.ca))
+        reconcile(roster, control)
+        for service in start_services(authority, roster, control, config):
+            running.callback(_stop_service, service)
+        on_ready()
+        while not stop.wait(POLL_SECONDS):
+            superlink.supervise()
+
+
+def reconcile(roster: Roster, control: FlowerControl) -> None:
+    """Make Flower know exactly the roster's active nodes: register those it lacks, unregister all others."""
+    active = {node.public_key: node for node in roster.nodes() if node.revoked is None}
+    known = {node.public_key: node for node in control.nodes()}
+    for key in known.keys() - active.keys():
+        control.unregister(known[key].node_id)
+    for key, node in active.items():
+        try:
+            node_id = known[key].node_id if key in known else control.register(key)
+        except DeploymentError as error:
+            log.error("site '%s' cannot connect until it is revoked and enrolled anew: %s", node.site, error)
+            continue
+        if node_id != node.node_id:
+            roster.set_node_id(node.serial, node_id)
+
+
+def _stop_service(service: grpc.Server) -> None:
+    service.stop(grace=1.0).wait()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets; the handlers that were there before come back afterwards."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,79 @@
+"""The one table of settings that exclude each other, each with its reason. A pair that is not here is supported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from shared_models.errors import CompatibilityError
+
+if TYPE_CHECKING:
+    from shared_models.job import Job
+
+
+def _wrong_task(job: Job) -> bool:
+    from shared_models.models import models
+
+    return job.task.name not in models[job.model.name].tasks
+
+
+def _not_continual(job: Job) -> bool:
+    from shared_models.methods.base import methods
+
+    return not methods[job.continual.name].continual
+
+
+def _not_federated(job: Job) -> bool:
+    from shared_models.methods.base import methods
+
+    return methods[job.method.name].continual
+
+
+RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
+    (_wrong_task, "model '{job.model.name}' cannot serve the task '{job.task.name}'"),
+    (_not_federated, "'{job.method.name}' is a continual method: it goes into [continual], not [method]"),
+    (_not_continual, "'{job.continual.name}' is a federated method: it goes into [method], not [continual]"),
+    (
+        lambda job: job.method.name == "scaffold" and job.train.optimizer != "sgd",
+        "scaffold's control variates are gradients of plain SGD (Karimireddy et al. 2020, Algorithm 1, option II), "
+        "train.optimizer = '{job.train.optimizer}' rescales them",
+    ),
+    (
+        lambda job: job.method.name == "scaffold" and job.train.momentum > 0,
+        "scaffold recovers the gradient from the distance moved, which train.momentum = {job.train.momentum} changes",
+    ),
+    (
+        lambda job: job.method.name == "scaffold" and job.train.weight_decay > 0,
+        "scaffold's control variates would contain train.weight_decay = {job.train.weight_decay}",
+    ),
+    (
+        lambda job: job.train.optimizer == "adamw" and job.train.momentum > 0,
+        "train.momentum belongs to sgd; adamw has its own moments",
+    ),
+    (
+        lambda job: job.time == "continual" and job.stream.tasks > len(job.task.labels),
+        "stream.tasks = {job.stream.tasks} is more than the {labels} labels: every task needs at least one",
+    ),
+    (
+        lambda job: job.time == "continual" and job.stream.tasks > job.federation.rounds,
+        "stream.tasks = {job.stream.tasks} is more than federation.rounds = {job.federation.rounds}: "
+        "every task needs at least one round",
+    ),
+    (
+        lambda job: job.federation.select == "best" and job.time == "continual",
+        "federation.select = 'best' looks back over tasks, which a stream forbids",
+    ),
+    (
+        lambda job: job.place == "isolated" and job.method.name != "fedavg",
+        "isolated sites never aggregate, so method '{job.method.name}' would do nothing there",
+    ),
+)
+
+
+def require_compatible(job: Job) -> None:
+    """Raise a CompatibilityError with the reason of the first rule that the job breaks."""
+    for broken, reason in RULES:
+        if broken(job):
+            raise CompatibilityError(
+                f"job '{job.name}': " + reason.format(job=job, labels=len(job.task.labels)), hint="Change one of the two"
+            )

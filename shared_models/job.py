@@ -1,0 +1,269 @@
+"""A job: what is trained, how, and for how long. Never where private data lies.
+
+One TOML file runs in the simulator and on real nodes; only `[simulation]` is read by the simulator alone. A job is
+*resolved* when it is loaded: every setting of the chosen model, task and method stands in it, and its hash covers all
+of them except `[simulation]`. That hash is what a site approves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from shared_models.errors import ConfigError
+from shared_models.validation import validate
+
+Place = Literal["centralized", "isolated", "federated"]
+Time = Literal["offline", "continual"]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Part(BaseModel):
+    """One table of the job; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Choice(BaseModel):
+    """A registered name and the settings that belong to it, checked by the thing itself when the job is resolved."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The settings beside the name."""
+        return dict(self.model_extra or {})
+
+
+class TaskPart(Choice):
+    """`[task]`: the loss, the metric and the label list that fixes every class index."""
+
+    name: str = "classification"
+    labels: tuple[str, ...] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> TaskPart:
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("a label stands twice in the list")
+        return self
+
+
+class DataPart(Part):
+    """`[data]`: the preprocessing all sites share. Images become float32 (C, H, W), `(x / 255 - mean) / std`.
+
+    Attributes:
+        shape: (C, H, W) with C = 1 (grey) or 3 (colour).
+        resize: how an image of another size gets to H x W: `stretch` it, or `pad` it to its longer side first.
+        mean: one number per channel, or one for all.
+        std: the same.
+    """
+
+    shape: tuple[Literal[1, 3], Positive, Positive]
+    resize: Literal["stretch", "pad"] = "stretch"
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
+
+    @model_validator(mode="after")
+    def _per_channel(self) -> DataPart:
+        if len(self.mean) not in (1, self.shape[0]) or len(self.std) not in (1, self.shape[0]):
+            raise ValueError(f"mean and std need one number, or one per channel ({self.shape[0]})")
+        return self
+
+
+class SharePart(Part):
+    """`[share]`: patterns (fnmatch on state-dict keys) of entries that are not averaged over sites.
+
+    Attributes:
+        personal: stay on the node and are trained there; only their names are known elsewhere.
+        base: are not sent and not trained; both sides hold them, covered by hash.
+    """
+
+    personal: tuple[str, ...] = ()
+    base: tuple[str, ...] = ()
+
+
+class TrainPart(Part):
+    """`[train]`: one site's work in one round.
+
+    Attributes:
+        epochs: passes over the local data a round; `steps` replaces it by a fixed number of optimizer steps.
+        schedule: of the learning rate over all rounds; it does not restart with a round.
+        warmup: share of all rounds in which the rate rises linearly from zero.
+        deterministic: one thread per operation and deterministic kernels, so that the same job gives the same bits.
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    batch_size: Positive = 32
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    steps: Positive | None = None
+    deterministic: bool = True
+
+
+class FederationPart(Part):
+    """`[federation]`: the round loop.
+
+    Attributes:
+        rounds: of the whole run, over all tasks of a stream.
+        fraction: share of the sites selected a round (C in McMahan et al. 2017), at least one site.
+        min_sites: fewer accepted contributions in a round end the run; also how many nodes a start waits for.
+        wait: seconds a start waits for enough willing nodes.
+        round_timeout: seconds the server waits for the answers of one round.
+        max_update_norm: largest L2 norm of a site's update; a larger one is rejected.
+        select: the model that is tested and kept: of the `last` round, or of the round with the `best` validation.
+    """
+
+    rounds: Positive = 10
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_sites: Positive = 1
+    wait: Annotated[float, Field(ge=0)] = 120.0
+    round_timeout: Annotated[float, Field(gt=0)] = 3600.0
+    max_update_norm: Annotated[float, Field(gt=0)] = 1e6
+    select: Literal["last", "best"] = "last"
+
+
+class StreamPart(Part):
+    """`[stream]`: how `time = "continual"` cuts the labels, in their order, into tasks (class-incremental)."""
+
+    tasks: Positive = 5
+
+
+class SimulationPart(Part):
+    """`[simulation]`: the data and the split of a simulated federation; nodes never read it.
+
+    Attributes:
+        reader: a registered reader, e.g. `digits` or `imagefolder`.
+        root: the reader's folder; `$NAME` is replaced by that environment variable, a relative path starts at the job.
+        partition: `iid`, `dirichlet` (per class, Hsu et al. 2019) or `column` (the site column that the reader gives).
+        sites: how many (not for `column`).
+        alpha: concentration of the Dirichlet distribution.
+        min_examples: smallest site a Dirichlet draw may give; it is drawn again until all have that many.
+        seed: of the split alone, so that several training seeds share one split.
+    """
+
+    reader: str = "digits"
+    root: str = ""
+    partition: Literal["iid", "dirichlet", "column"] = "iid"
+    sites: Positive = 3
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    min_examples: Positive = 10
+    seed: int = 0
+
+
+class Job(Part):
+    """A whole job. Load one with `Job.load`, which also resolves it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    seed: int = 0
+    place: Place = "federated"
+    time: Time = "offline"
+    model: Choice
+    task: TaskPart
+    data: DataPart
+    method: Choice = Choice(name="fedavg")
+    continual: Choice = Choice(name="finetune")
+    share: SharePart = SharePart()
+    train: TrainPart = TrainPart()
+    federation: FederationPart = FederationPart()
+    stream: StreamPart = StreamPart()
+    simulation: SimulationPart = SimulationPart()
+
+    @staticmethod
+    def load(path: Path, overrides: Sequence[str] = ()) -> Job:
+        """Read, override and resolve a job file.
+
+        Args:
+            path: a TOML file.
+            overrides: `table.key=value` each, the value as in TOML (a bare word is a string).
+
+        Raises:
+            ConfigError: the file is missing or broken (line), a key is unknown (nearest), a value or pair cannot be.
+        """
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the job {path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the job {path} is not valid TOML: {error}") from None
+        for override in overrides:
+            _override(data, override)
+        return Job.resolve(data, where=str(path))
+
+    @staticmethod
+    def resolve(data: dict[str, Any], where: str = "job") -> Job:
+        """Validate plain data and fill in every default of the chosen model and methods; raises as `load`."""
+        from shared_models.compat import require_compatible
+        from shared_models.methods.base import methods
+        from shared_models.models import configure
+        from shared_models.tasks.base import tasks
+
+        job = validate(Job, data, where)
+        _, model = configure(job.model.name, job.model.keys)
+        filled: dict[str, Any] = {"model": {"name": job.model.name, **model.model_dump()}}
+        validate(tasks[job.task.name].Settings, {"labels": job.task.labels, **job.task.keys}, f"{where}: [task]")
+        for part, choice in (("method", job.method), ("continual", job.continual)):
+            settings = validate(methods[choice.name].Settings, choice.keys, f"{where}: [{part}]")
+            filled[part] = {"name": choice.name, **settings.model_dump()}
+        job = validate(Job, {**job.model_dump(), **filled}, where)
+        require_compatible(job)
+        return job
+
+    def replace(self, **changes: Any) -> Job:
+        """A resolved copy; `part={"key": value}` changes keys of that part, `key=value` a top-level key."""
+        data = self.model_dump()
+        for name, change in changes.items():
+            data[name] = {**data[name], **change} if isinstance(change, dict) else change
+        return Job.resolve(data)
+
+    @cached_property
+    def canonical(self) -> str:
+        """Canonical JSON of everything but `[simulation]`: what is sent, hashed and approved."""
+        return json.dumps(self.model_dump(mode="json", exclude={"simulation"}), sort_keys=True, separators=(",", ":"))
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON, 64 hex digits."""
+        return hashlib.sha256(self.canonical.encode()).hexdigest()
+
+    @property
+    def tasks(self) -> tuple[tuple[int, ...], ...]:
+        """The class indices of each task of the stream: one task with all of them when offline."""
+        classes = tuple(range(len(self.task.labels)))
+        count = self.stream.tasks if self.time == "continual" else 1
+        edges = [round(t * len(classes) / count) for t in range(count + 1)]
+        return tuple(classes[a:b] for a, b in zip(edges, edges[1:], strict=False))
+
+    def to_toml(self) -> str:
+        """The resolved job as a TOML file that loads to the same job."""
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, found, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not found or not all(keys):
+        raise ConfigError(f"--set {override!r} is not of the form table.key=value", hint="E.g. --set train.lr=0.1")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = data
+    for name in keys[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: '{name}' is a value, not a table")
+    table[keys[-1]] = value

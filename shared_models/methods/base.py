@@ -1,0 +1,140 @@
+"""A learning method is one file with two halves: what the server does with a cohort, what a client does in a round.
+
+Server half (pure; states and means are groups of named float tensors):
+
+    state = init(template, trained)          before round 0
+    down(state)                              the groups every site of the cohort receives
+    finish(state, mean, cohort, population)  the next state from the means of what came up
+
+Client half (pure functions of tensors, also under `torch.func.vmap`):
+
+    round_state = begin_round(down, kept)
+    batch = extra_batch(batch, round_state)                      replay
+    loss(params, batch, outputs, round_state) -> (B,) or None    added to the task's loss, per sample
+    grad(grads, params, round_state) -> grads                    acts on parameters, after any per-sample clip
+    up, kept = end_round(model, down, kept, progress)
+    kept = end_task(model, task, batches, kept)                  when a stream moves on
+
+`kept` is the method's own state of one site; it stays on the node. A continual method overrides only the client half
+and crosses with any server half: the client runs both, the federated method's pieces first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from shared_models.job import Job
+from shared_models.registry import Registry
+from shared_models.sums import Groups
+from shared_models.tasks.base import Batch, Task
+
+Tensors = Mapping[str, Tensor]
+Weighting = Literal["examples", "uniform"]
+
+
+class MethodSettings(BaseModel):
+    """Base of a method's own settings: the keys beside `name` in `[method]` or `[continual]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one client did in one round: optimizer steps K, samples processed, and the sum of the K learning rates."""
+
+    steps: int
+    samples: int
+    lr_sum: float
+
+
+class Method:
+    """Both halves with their defaults, which together are: send the model down, average it by examples, add nothing.
+
+    Attributes:
+        continual: whether it belongs into `[continual]` (client half only) or into `[method]`.
+    """
+
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    continual: ClassVar[bool] = False
+    name: ClassVar[str]
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    # ---- server half -------------------------------------------------------------------------------------------------
+    def init(self, template: Tensors, trained: Sequence[str]) -> Groups:
+        """State before round 0. `template` holds every entry that is sent, `trained` names those an optimizer moves."""
+        return {"model": template}
+
+    def down(self, state: Groups) -> Groups:
+        """What each selected site receives; a training answer has the same groups, names, shapes and dtypes."""
+        return {"model": state["model"]}
+
+    @property
+    def weighting(self) -> Weighting:
+        """A site's weight in every mean: its number of training examples, or 1."""
+        return getattr(self.settings, "weighting", "examples")
+
+    def finish(self, state: Groups, mean: Groups, cohort: int, population: int) -> Groups:
+        """The next state. `mean`: weighted means over the `cohort` accepted sites of `population` known ones."""
+        return {**state, "model": mean["model"]}
+
+    # ---- client half -------------------------------------------------------------------------------------------------
+    def begin_round(self, down: Groups, kept: Groups) -> Groups:
+        """Constants of this round."""
+        return {}
+
+    def extra_batch(self, batch: Batch, round_state: Groups) -> Batch:
+        """The batch to train on, e.g. with replayed samples appended."""
+        return batch
+
+    def loss(self, params: Tensors, batch: Batch, outputs: Tensor, round_state: Groups) -> Tensor | None:
+        """A term added to the task's loss, (B,)."""
+        return None
+
+    def grad(self, grads: Tensors, params: Tensors, round_state: Groups) -> Tensors:
+        """Gradients of the mean loss -> the gradients the optimizer sees."""
+        return grads
+
+    def end_round(self, model: Tensors, down: Groups, kept: Groups, progress: Progress) -> tuple[Groups, Groups]:
+        """(groups that go up, what is kept). `model`: the sent entries after training."""
+        return {"model": model}, kept
+
+    def end_task(self, model: nn.Module, task: Task, batches: Iterable[Batch], kept: Groups) -> Groups:
+        """What is kept when task's data are about to disappear."""
+        return kept
+
+
+methods: Registry[type[Method]] = Registry("method", "shared_models.methods")
+
+
+def method(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Decorator that registers a Method class under a name."""
+
+    def add(declared: type[Method]) -> type[Method]:
+        declared.name = name
+        return methods.register(name)(declared)
+
+    return add
+
+
+def make_method(job: Job) -> Method:
+    """The job's federated method."""
+    declared = methods[job.method.name]
+    return declared(declared.Settings(**job.method.keys))
+
+
+def make_pieces(job: Job) -> tuple[Method, ...]:
+    """The methods whose client halves run at a site, in order: the federated one, then the continual one."""
+    declared = methods[job.continual.name]
+    return (make_method(job), declared(declared.Settings(**job.continual.keys)))
+
+
+def overrides(piece: Method, hook: str) -> bool:
+    """Whether a method does anything in a hook, so that an untouched one costs nothing."""
+    return getattr(type(piece), hook) is not getattr(Method, hook)

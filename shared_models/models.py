@@ -1,0 +1,121 @@
+"""What a model of the zoo declares, and the registry that `@model("name", ...)` fills from one file per model.
+
+::
+
+    vit, settings = configure("vit", {"size": "tiny", "patch": 4})  # the row of `tiny`, then the keys given beside it
+    module = vit.build(settings, (3, 32, 32), 10)  # (B, 3, 32, 32) float32 -> (B, 10)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from shared_models.errors import ConfigError, UnknownNameError
+from shared_models.registry import Registry, nearest
+from shared_models.validation import validate
+
+Shape = tuple[int, ...]
+Builder = Callable[[Any, Shape, int], nn.Module]
+
+
+class ModelSettings(BaseModel):
+    """Base of a model's own settings: the keys of the job's `[model]` part, an unknown one is an error.
+
+    `size` picks a row of the model's `sizes`; a setting given beside it wins over that row. A setting that every row
+    gives has no default of its own, so `configure` (not the class itself) is the way to make one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    size: str = "tiny"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One family of the zoo.
+
+    Attributes:
+        name: how a job asks for it.
+        builder: the decorated function behind `build`.
+        settings: the pydantic model of its keys in `[model]`.
+        sizes: size -> the settings that size stands for.
+        tasks: the tasks it can serve.
+        paper: where it comes from.
+        stackable: whether its parameters may be stacked and run under `torch.func.vmap`.
+        inputs: what one example is: an image (C, H, W) or a row of features (F,).
+        per_sample_gradients: how DP-SGD may get per-sample gradients, soundest first.
+    """
+
+    name: str
+    builder: Builder
+    settings: type[ModelSettings]
+    sizes: Mapping[str, Mapping[str, Any]]
+    tasks: tuple[str, ...]
+    paper: str
+    stackable: bool = True
+    inputs: tuple[Literal["image", "features"], ...] = ("image",)
+    per_sample_gradients: tuple[str, ...] = ("vmap", "hooks", "loop")
+
+    def build(self, settings: ModelSettings, shape: Shape, outputs: int) -> nn.Module:
+        """The module, initialised from torch's global generator (the caller seeds it) and from nothing else.
+
+        Args:
+            settings: from `configure`.
+            shape: of one example: (C, H, W) or (F,).
+            outputs: numbers per example, e.g. classes.
+
+        Returns:
+            A module whose forward maps (B, *shape) float32 to (B, outputs).
+
+        Raises:
+            ConfigError: this model cannot take such an example, or these settings do not fit its size.
+        """
+        kind = {1: "features", 3: "image"}.get(len(shape))
+        if kind not in self.inputs or min(shape) < 1:
+            takes = " or ".join({"image": "an image (C, H, W)", "features": "features (F,)"}[i] for i in self.inputs)
+            raise ConfigError(f"model '{self.name}' cannot take an example of shape {shape}", hint=f"It takes {takes}")
+        if outputs < 1:
+            raise ConfigError(f"model '{self.name}' needs at least one output, not {outputs}")
+        return self.builder(settings, shape, outputs)
+
+
+models: Registry[Model] = Registry("model", "shared_models.zoo")
+
+
+def model(
+    name: str, *, settings: type[ModelSettings], sizes: Mapping[str, Mapping[str, Any]], paper: str, **declared: Any
+) -> Callable[[Builder], Builder]:
+    """Decorator that registers a build function as model `name`; `declared` are further fields of `Model`."""
+
+    def add(builder: Builder) -> Builder:
+        declared.setdefault("tasks", ("classification",))
+        models.register(name)(
+            Model(name=name, builder=builder, settings=settings, sizes=sizes, paper=paper, **declared)
+        )
+        return builder
+
+    return add
+
+
+def configure(name: str, keys: Mapping[str, Any], where: str = "[model]") -> tuple[Model, ModelSettings]:
+    """Model `name` and its complete settings: the row of the size, then `keys`, which win.
+
+    Args:
+        name: of the model.
+        keys: what a job's `[model]` part says beside the name.
+        where: the place to name in the message.
+
+    Raises:
+        UnknownNameError: no such model, or the model has no such size.
+        ConfigError: an unknown key or a value that cannot be.
+    """
+    chosen = models[name]
+    size = keys.get("size", chosen.settings.model_fields["size"].default)
+    if not isinstance(size, str) or size not in chosen.sizes:
+        raise UnknownNameError(f"{where}: model '{name}' has no size {size!r}", hint=nearest("", list(chosen.sizes)))
+    return chosen, validate(chosen.settings, {**chosen.sizes[size], **keys}, f"{where} {name}")

@@ -1,0 +1,122 @@
+"""Child processes that never outlive their parent: how both the server and the node run Flower's programs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from shared_models.errors import DeploymentError
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to stop this process when its parent is gone, even by kill -9 (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """The environment of every Flower program: a private home, no telemetry, no update check."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+    }
+
+
+def program(name: str) -> str:
+    """The path of a console script installed beside this interpreter.
+
+    Raises:
+        DeploymentError: it is not there.
+    """
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise DeploymentError(f"the program '{name}' is not installed beside {sys.executable}", hint="Install fedzoo")
+    return str(path)
+
+
+def require_free_port(host: str, port: int, purpose: str) -> None:
+    """Raise a DeploymentError that names the port where something already listens on it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise DeploymentError(
+                f"port {port} on {host}, meant for {purpose}, cannot be used: {error.strerror}",
+                hint="Stop what uses it or choose another port",
+            ) from None
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Child:
+    """One supervised process in a session of its own, its output in a log file.
+
+    Start it from the main thread: the kernel ties its life to the thread that started it.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._offset = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as sink:
+            self.process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=dict(env) if env is not None else None,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id, which is also the id of its group."""
+        return self.process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self.process.poll()
+
+    def tail(self, lines: int = 12) -> str:
+        """The last lines this child (not an earlier one) wrote to its log."""
+        with self.log.open("rb") as source:
+            source.seek(self._offset)
+            return "\n".join(source.read().decode(errors="replace").splitlines()[-lines:])
+
+    def stop(self, grace: float = 8.0) -> None:
+        """SIGTERM to the whole group, SIGKILL to what is left after `grace` seconds."""
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace
+        while self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return

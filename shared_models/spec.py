@@ -1,0 +1,217 @@
+"""What every entry of a model's state dict is, what is done with it, and the fingerprint two sides compare.
+
+The one table of rules, by nature and share:
+
+| nature       | share    | sent | averaged | on the client before a round |
+|--------------|----------|------|----------|------------------------------|
+| parameter    | averaged | yes  | yes      | from the server              |
+| running-stat | averaged | yes  | yes      | from the server              |
+| either       | personal | no   | no       | from the node's own state    |
+| either       | base     | no   | no       | from the keyed initialisation, never trained |
+| counter      | -        | no   | no       | reset                        |
+| constant     | -        | no   | no       | reset (covered by hash)      |
+| alias        | -        | no   | no       | restored with what it aliases |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from shared_models.errors import ConfigError, FingerprintError
+from shared_models.job import Job
+from shared_models.keys import key, keyed_global
+from shared_models.models import configure
+from shared_models.tasks.base import make_task
+
+Nature = Literal["parameter", "running-stat", "counter", "constant", "alias"]
+Share = Literal["averaged", "personal", "base"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key of the state dict.
+
+    Attributes:
+        digest: SHA-256 of the values where both sides must hold them already (base and constant), else empty.
+        alias_of: the first key that shares this one's storage, else empty.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    nature: Nature
+    share: Share
+    digest: str = ""
+    alias_of: str = ""
+
+    @property
+    def sent(self) -> bool:
+        """Whether its values cross the network and are averaged."""
+        return self.share == "averaged" and self.nature in ("parameter", "running-stat")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the optimizer moves it."""
+        return self.nature == "parameter" and self.share != "base"
+
+    def facts(self) -> dict[str, Any]:
+        """What the fingerprint covers: a personal entry by its name only."""
+        if self.share == "personal":
+            return {"share": self.share}
+        facts: dict[str, Any] = {
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "nature": self.nature,
+            "share": self.share,
+        }
+        return facts | {k: v for k, v in (("digest", self.digest), ("alias_of", self.alias_of)) if v}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All entries of one built model, in state-dict order, and the settings that give them meaning."""
+
+    entries: tuple[Entry, ...]
+    settings: dict[str, Any]
+
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """Keys that cross the network."""
+        return tuple(e.key for e in self.entries if e.sent)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Keys the optimizer moves."""
+        return tuple(e.key for e in self.entries if e.trains)
+
+    @property
+    def personal(self) -> tuple[str, ...]:
+        """Keys that never leave a node."""
+        return tuple(e.key for e in self.entries if e.share == "personal" and e.nature in ("parameter", "running-stat"))
+
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """Everything the fingerprint covers, as plain data."""
+        return {**self.settings, "entries": {e.key: e.facts() for e in self.entries}}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the document's canonical JSON, 64 hex digits."""
+        return hashlib.sha256(json.dumps(self.document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def build_model(job: Job) -> tuple[nn.Module, ModelSpec]:
+    """The job's model with its keyed initialisation, and its spec. The same job gives the same values everywhere.
+
+    Raises:
+        ConfigError: the model cannot be built for this shape, or a pattern of `[share]` matches nothing.
+    """
+    declared, settings = configure(job.model.name, job.model.keys)
+    task = make_task(job)
+    with keyed_global(key(job.seed, "init")):
+        model = declared.build(settings, job.data.shape, task.outputs)
+    return model, describe(model, job)
+
+
+def describe(model: nn.Module, job: Job) -> ModelSpec:
+    """The spec of a model under a job's `[share]`."""
+    natures, aliases = _natures(model)
+    shares = {k: _share(k, job) for k in natures}
+    for pattern in (*job.share.personal, *job.share.base):
+        if not any(fnmatchcase(k, pattern) for k in natures):
+            raise ConfigError(
+                f"[share] pattern '{pattern}' matches no entry of model '{job.model.name}'",
+                hint=f"Its entries are {', '.join(list(natures)[:6])}, ...",
+            )
+    entries = []
+    for name, value in model.state_dict().items():
+        nature, share = natures[name], shares[name]
+        fixed = nature == "constant" or (share == "base" and nature == "parameter")
+        entries.append(
+            Entry(
+                key=name,
+                shape=tuple(value.shape),
+                dtype=str(value.dtype).removeprefix("torch."),
+                nature=nature,
+                share=share,
+                digest=digest(value) if fixed else "",
+                alias_of=aliases.get(name, ""),
+            )
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(shares[name] != "base")
+    settings = {
+        "model": job.model.model_dump(mode="json"),
+        "task": job.task.model_dump(mode="json"),
+        "preprocessing": job.data.model_dump(mode="json"),
+    }
+    return ModelSpec(tuple(entries), settings)
+
+
+def require_same(ours: ModelSpec, theirs: dict[str, Any], who: str) -> None:
+    """Raise a FingerprintError that names the first difference between our spec and another side's document."""
+    found = first_difference(ours.document, theirs)
+    if found:
+        where, here, there = found
+        raise FingerprintError(
+            f"{who} would train another model: '{where}' is {here} here and {there} there",
+            hint="Both sides need the same fedzoo, torch and torchvision versions and the same job",
+        )
+
+
+def first_difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, str, str] | None:
+    """(place, ours, theirs) of the first difference between two documents of plain data, or None."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for name in (*ours, *(k for k in theirs if k not in ours)):
+            place = f"{path}.{name}" if path else str(name)
+            if name not in ours or name not in theirs:
+                return place, "present" if name in ours else "absent", "present" if name in theirs else "absent"
+            if found := first_difference(ours[name], theirs[name], place):
+                return found
+        return None
+    return None if ours == theirs else (path, repr(ours)[:80], repr(theirs)[:80])
+
+
+def digest(value: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+
+
+def _share(name: str, job: Job) -> Share:
+    if any(fnmatchcase(name, p) for p in job.share.personal):
+        return "personal"
+    return "base" if any(fnmatchcase(name, p) for p in job.share.base) else "averaged"
+
+
+def _natures(model: nn.Module) -> tuple[dict[str, Nature], dict[str, str]]:
+    """The nature of each state-dict key, and for aliases the key they repeat."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    statistics = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in ("running_mean", "running_var")
+        if isinstance(getattr(module, name, None), Tensor)
+    }
+    natures: dict[str, Nature] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        owner = first.setdefault(id(value), name)
+        if owner != name:
+            natures[name], aliases[name] = "alias", owner
+        elif name in parameters:
+            natures[name] = "parameter"
+        elif name in statistics:
+            natures[name] = "running-stat"
+        else:
+            natures[name] = "counter" if name.rpartition(".")[2] == "num_batches_tracked" else "constant"
+    return natures, aliases

@@ -1,0 +1,236 @@
+"""Instructions and contributions as bytes: a JSON manifest and one blob of raw tensor bytes. No pickle, ever.
+
+The manifest names every tensor with group, name, dtype, shape and place in the blob, and the blob by its SHA-256, so a
+blob may later travel apart from its manifest. float16, bfloat16, every integer, bool and zero-dimensional tensors keep
+their type. Whatever is malformed raises `Rejected("malformed")` and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from shared_models.errors import Rejected
+from shared_models.job import Job
+from shared_models.messages import Budget, Contribution, Instruction, Kind, Part
+from shared_models.sums import Groups
+
+VERSION = 1
+DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # runs and sites name folders on a node: no separator, no leading dot
+_METRICS = "metrics"  # metrics travel as one more group, which no method may use as a name
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class _Tensor(_Strict):
+    group: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int = Field(ge=0)
+
+
+class _Blob(_Strict):
+    size: int = Field(ge=0)
+    sha256: str
+
+
+class _Head(_Strict):
+    version: int
+    kind: Kind
+    run: str = Field(pattern=NAME)
+    site: str = Field(pattern=NAME)
+    task: int = Field(ge=0)
+    round: int = Field(ge=0)
+    tensors: tuple[_Tensor, ...]
+    blob: _Blob
+    document: dict[str, Any]
+
+
+class _Down(_Head):
+    job: dict[str, Any]
+    fingerprint: str
+    rounds: int
+    epochs: float | None
+    steps: int | None
+    evaluate: tuple[tuple[Part, int], ...]
+
+
+class _Up(_Head):
+    code: str = Field(pattern=r"^[a-z0-9-]{1,40}$")
+    examples: int = Field(ge=0)
+    samples: int = Field(ge=0)
+    steps: int = Field(ge=0)
+
+
+_H = TypeVar("_H", bound=_Head)
+
+
+def encode_instruction(instruction: Instruction) -> tuple[bytes, bytes]:
+    """(manifest, blob)."""
+    tensors, blob = _pack(instruction.groups)
+    head = _Down(
+        **_common(instruction),
+        tensors=tensors,
+        blob=_describe(blob),
+        job=json.loads(instruction.job.canonical),
+        fingerprint=instruction.fingerprint,
+        rounds=instruction.rounds,
+        epochs=instruction.budget.epochs,
+        steps=instruction.budget.steps,
+        evaluate=instruction.evaluate,
+    )
+    return head.model_dump_json().encode(), blob
+
+
+def decode_instruction(manifest: bytes, blob: bytes) -> Instruction:
+    """The inverse; raises Rejected("malformed"), or the job's own error where it is of another version."""
+    head = _parse(_Down, manifest, blob)
+    return Instruction(
+        kind=head.kind,
+        run=head.run,
+        site=head.site,
+        job=Job.resolve(head.job, where="the server's job"),
+        fingerprint=head.fingerprint,
+        task=head.task,
+        round=head.round,
+        rounds=head.rounds,
+        budget=Budget(head.epochs, head.steps),
+        evaluate=head.evaluate,
+        groups=_unpack(head, blob),
+        document=head.document,
+    )
+
+
+def encode_contribution(contribution: Contribution) -> tuple[bytes, bytes]:
+    """(manifest, blob)."""
+    groups = {**contribution.groups, _METRICS: contribution.metrics} if contribution.metrics else contribution.groups
+    tensors, blob = _pack(groups)
+    head = _Up(
+        **_common(contribution),
+        tensors=tensors,
+        blob=_describe(blob),
+        code=contribution.code,
+        examples=contribution.examples,
+        samples=contribution.samples,
+        steps=contribution.steps,
+    )
+    return head.model_dump_json().encode(), blob
+
+
+def decode_contribution(manifest: bytes, blob: bytes) -> Contribution:
+    """The inverse; raises Rejected("malformed")."""
+    head = _parse(_Up, manifest, blob)
+    groups = _unpack(head, blob)
+    metrics = groups.pop(_METRICS, {})
+    return Contribution(
+        kind=head.kind,
+        run=head.run,
+        site=head.site,
+        task=head.task,
+        round=head.round,
+        code=head.code,
+        examples=head.examples,
+        samples=head.samples,
+        steps=head.steps,
+        metrics=metrics,
+        groups=groups,
+        document=head.document,
+    )
+
+
+def _common(message: Instruction | Contribution) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "kind": message.kind,
+        "run": message.run,
+        "site": message.site,
+        "task": message.task,
+        "round": message.round,
+        "document": dict(message.document),
+    }
+
+
+def _describe(blob: bytes) -> _Blob:
+    return _Blob(size=len(blob), sha256=hashlib.sha256(blob).hexdigest())
+
+
+def _pack(groups: Groups) -> tuple[tuple[_Tensor, ...], bytes]:
+    heads: list[_Tensor] = []
+    parts: list[bytes] = []
+    offset = 0
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            heads.append(_Tensor(group=group, name=name, dtype=dtype, shape=tuple(tensor.shape), offset=offset))
+            parts.append(raw)
+            offset += len(raw)
+    return tuple(heads), b"".join(parts)
+
+
+def _parse(head: type[_H], manifest: bytes, blob: bytes) -> _H:
+    try:
+        parsed = head.model_validate_json(manifest)
+    except ValueError:
+        raise Rejected("a message's manifest is malformed", code="malformed") from None
+    if parsed.version != VERSION:
+        raise Rejected(f"wire version {parsed.version}, this side speaks {VERSION}", code="wire-version")
+    if parsed.blob != _describe(blob):
+        raise Rejected("a message's blob does not match its size or SHA-256", code="malformed")
+    return parsed
+
+
+def _unpack(head: _Head, blob: bytes) -> dict[str, dict[str, Tensor]]:
+    groups: dict[str, dict[str, Tensor]] = {}
+    buffer = bytearray(blob)  # torch wants writable memory; one copy for all tensors
+    for t in head.tensors:
+        dtype = DTYPES.get(t.dtype)
+        if dtype is None or any(n < 0 for n in t.shape) or t.name in groups.get(t.group, {}):
+            raise Rejected(f"tensor '{t.name[:80]}' has no valid dtype, shape or name", code="malformed")
+        count = math.prod(t.shape)
+        if t.offset + count * dtype.itemsize > len(buffer):
+            raise Rejected(f"tensor '{t.name[:80]}' reaches beyond the blob", code="malformed")
+        groups.setdefault(t.group, {})[t.name] = _tensor(buffer, dtype, count, t.offset).reshape(t.shape)
+    return groups
+
+
+def _tensor(buffer: bytearray, dtype: torch.dtype, count: int, offset: int) -> Tensor:
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    if offset % dtype.itemsize:  # after tensors of another width
+        raw = torch.frombuffer(buffer, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
+        return raw.clone().view(dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
+
+
+def flatten(groups: Groups) -> dict[str, Tensor]:
+    """`{"group/name": tensor}`, as checkpoints and state files hold it."""
+    return {f"{group}/{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
+
+
+def unflatten(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `flatten`; a group's name has no slash."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in flat.items():
+        group, _, name = path.partition("/")
+        groups.setdefault(group, {})[name] = tensor
+    return groups
+
+

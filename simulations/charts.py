@@ -1,0 +1,170 @@
+"""Inline SVG for the report: learning curves and bars, drawn without a plotting library.
+
+Colours come from the page's CSS through class names (`centralized`, `isolated`, `federated`; `continual` is dashed or
+hollow), so that one drawing serves light, dark and print. A place differs from another by colour and by marker shape,
+a time by its stroke, so nothing depends on colour alone. Every text is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+WIDTH = 390  # units of every drawing; about one pixel on a phone, so that 13-unit text stays readable there
+MARKERS = {
+    "centralized": "M-4-4h8v8h-8z",
+    "isolated": "M0-5.5L5 4h-10z",
+    "federated": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on a curve: x, the mean over seeds, and the smallest and largest of them."""
+
+    x: float
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve; `style` is a place and a time, e.g. `federated continual`."""
+
+    label: str
+    style: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar in percent: a value with its sd (None: one seed), or no value and the reason in `text`.
+
+    `mark` is a second value shown as a diamond on the same axis.
+    """
+
+    label: str
+    style: str
+    value: float | None
+    sd: float | None
+    text: str
+    mark: float | None = None
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from `low` to at least `high` (1, 2 or 5 times a power of ten apart), about so many."""
+    span = max(high - low, 1e-12)
+    power = 10.0 ** math.floor(math.log10(span / about))
+    step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= about + 1e-9)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def lines(
+    key: str, title: str, series: Sequence[Series], x_label: str, y_label: str, top: float | None = None
+) -> Markup:
+    """Learning curves with a min-max band.
+
+    Args:
+        key: prefix of the element ids, unique in the page.
+        title: what is drawn, for a screen reader too.
+        series: one a paradigm.
+        x_label: quantity and unit of x.
+        y_label: quantity and unit of y, written above the axis.
+        top: the end of the y axis, which starts at 0; by default the largest value.
+    """
+    left, right, head, foot, height = 52, 14, 30, 44, 300
+    every = [p for s in series for p in s.points]
+    xs = ticks(min(p.x for p in every), max(p.x for p in every))
+    x0, x1 = min(p.x for p in every), max(max(p.x for p in every), min(p.x for p in every) + 1)
+    ys = ticks(0, top if top is not None else max(p.high for p in every))
+
+    def sx(x: float) -> float:
+        return round(left + (x - x0) / (x1 - x0) * (WIDTH - left - right), 1)
+
+    def sy(y: float) -> float:
+        return round(height - foot - min(y, ys[-1]) / ys[-1] * (height - head - foot), 1)
+
+    out = [Markup('<text class="axis" x="4" y="16">{}</text>').format(y_label)]
+    for y in ys:
+        out.append(Markup('<path class="grid" d="M{} {}H{}"/>').format(left, sy(y), WIDTH - right))
+        out.append(Markup('<text class="tick end" x="{}" y="{}">{:g}</text>').format(left - 8, sy(y) + 4, y))
+    for x in (x for x in xs if x0 <= x <= x1 and x == int(x)):
+        out.append(Markup('<path class="stub" d="M{} {}v5"/>').format(sx(x), height - foot))
+        out.append(Markup('<text class="tick mid" x="{}" y="{}">{:g}</text>').format(sx(x), height - foot + 19, x))
+    middle = (left + WIDTH - right) / 2
+    out.append(Markup('<text class="axis mid" x="{}" y="{}">{}</text>').format(middle, height - 6, x_label))
+    for s in series:
+        upper = [f"{sx(p.x)} {sy(p.high)}" for p in s.points]
+        lower = [f"{sx(p.x)} {sy(p.low)}" for p in reversed(s.points)]
+        out.append(Markup('<path class="band {}" d="M{}z"/>').format(s.style, "L".join(upper + lower)))
+    for s in series:
+        path = "L".join(f"{sx(p.x)} {sy(p.mean)}" for p in s.points)
+        out.append(Markup('<path class="line {}" d="M{}"/>').format(s.style, path))
+        out.append(_marker(s.style, sx(s.points[-1].x), sy(s.points[-1].mean)))
+    ends = "; ".join(f"{s.label} ends at {s.points[-1].mean:.3g}" for s in series)
+    return _svg(key, title, f"{y_label} over {x_label}. {ends}.", height, out)
+
+
+def bars(key: str, title: str, rows: Sequence[Bar]) -> Markup:
+    """Horizontal bars from 0 to 100 % with sd whiskers and the figure beside each.
+
+    Args:
+        key: prefix of the element ids, unique in the page.
+        title: what is drawn, for a screen reader too.
+        rows: from top to bottom; values in percent.
+    """
+    left, right, step = 144, 80, 25
+    height = len(rows) * step + 30
+
+    def sx(value: float) -> float:
+        return round(left + min(max(value, 0), 100) / 100 * (WIDTH - left - right), 1)
+
+    out = []
+    for x in (0, 50, 100):
+        out.append(Markup('<path class="grid" d="M{} 4V{}"/>').format(sx(x), height - 26))
+        label = f"{x} %" if x else "0"
+        out.append(Markup('<text class="tick mid" x="{}" y="{}">{}</text>').format(sx(x), height - 8, label))
+    for i, bar in enumerate(rows):
+        y = i * step + 6
+        out.append(Markup('<text class="name" x="0" y="{}">{}</text>').format(y + 13, bar.label))
+        if bar.value is None:
+            out.append(Markup('<text class="tick" x="{}" y="{}">{}</text>').format(left + 6, y + 13, bar.text))
+            continue
+        wide = round(sx(bar.value) - left, 1)
+        shape = '<rect class="bar {}" x="{}" y="{}" width="{}" height="17" rx="2"/>'
+        out.append(Markup(shape).format(bar.style, left, y, wide))
+        if bar.mark is not None:
+            out.append(Markup('<path class="mark" d="M{} {}l5 5l-5 5l-5-5z"/>').format(sx(bar.mark), y + 3.5))
+        if bar.sd is not None:
+            a, b = sx(bar.value - bar.sd), sx(bar.value + bar.sd)
+            d = f"M{a} {y + 8.5}H{b}M{a} {y + 4.5}v8M{b} {y + 4.5}v8"
+            out.append(Markup('<path class="halo" d="{}"/><path class="whisker" d="{}"/>').format(d, d))
+        out.append(Markup('<text class="value" x="{}" y="{}">{}</text>').format(WIDTH - right + 12, y + 13, bar.text))
+    said = "; ".join(f"{bar.label}: {bar.text}" for bar in rows)
+    return _svg(key, title, f"Percent, mean and standard deviation over seeds. {said}.", height, out)
+
+
+def swatch(style: str) -> Markup:
+    """The legend's sample of a curve: stroke and marker as in the charts; hidden from screen readers."""
+    line = Markup('<path class="line {}" d="M1 8H37"/>').format(style)
+    return Markup('<svg class="swatch" viewBox="0 0 38 16" aria-hidden="true">{}{}</svg>').format(
+        line, _marker(style, 19, 8)
+    )
+
+
+def _marker(style: str, x: float, y: float) -> Markup:
+    shape = MARKERS[style.split()[0]]
+    return Markup('<path class="dot {}" transform="translate({} {})" d="{}"/>').format(style, x, y, shape)
+
+
+def _svg(key: str, title: str, description: str, height: int, parts: Sequence[Markup]) -> Markup:
+    return Markup(
+        '<svg class="chart" role="img" viewBox="0 0 {w} {h}" aria-labelledby="{k}-t {k}-d">'
+        '<title id="{k}-t">{t}</title><desc id="{k}-d">{d}</desc>{body}</svg>'
+    ).format(w=WIDTH, h=height, k=key, t=title, d=description, body=Markup("").join(parts))

@@ -1,0 +1,64 @@
+"""The engine that calls sites directly, one after another, in one process with one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from client.handler import Handler
+from client.policy import Policy
+from client.readers.base import Splits
+from client.state import MemoryState
+from client.workbench import Workbench
+from shared_models.job import Job
+from shared_models.messages import Contribution, Instruction
+
+
+class Benches:
+    """Keeps the last job's workbench: the next round of the same job finds it warm."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self._bench: Workbench | None = None
+
+    def __call__(self, job: Job) -> Workbench:
+        if self._bench is None or (self._bench.job is not job and self._bench.job.hash != job.hash):
+            self._bench = Workbench(job, self.device)
+        return self._bench
+
+
+class InProcess:
+    """An executor over simulated sites. Cost follows the cohort: a site costs nothing until it is selected.
+
+    Args:
+        names: the population, any sequence; a million names may be made on demand.
+        splits: name -> that site's examples.
+        benches: shared by all sites; give the same one to several runs to build models once.
+    """
+
+    def __init__(
+        self, names: Sequence[str], splits: Callable[[str], Splits], benches: Callable[[Job], Workbench] | None = None
+    ) -> None:
+        self.names = names
+        self.splits = splits
+        self.benches = benches or Benches()
+        self._states: dict[str, MemoryState] = {}
+        self._policy = Policy(approve_all=True)
+
+    def admit(self, probe: Callable[[str], Instruction], need: int, wait: float) -> None:
+        """Nobody to wait for: every instruction's fingerprint is checked where it is handled."""
+
+    def population(self, need: int, wait: float) -> Sequence[str]:
+        """All of them."""
+        return self.names
+
+    def run(self, instructions: Iterable[Instruction]) -> Iterator[Contribution]:
+        """Answers in the order of asking; tensors are views of the one model, valid until the next answer."""
+        for instruction in instructions:
+            yield self.handler(instruction.site).handle(instruction)
+
+    def handler(self, site: str) -> Handler:
+        """The site's entry; what it remembers lives as long as this engine."""
+        state = self._states.setdefault(site, MemoryState())
+        return Handler(site, lambda job: self.splits(site), state, self._policy, self.benches)

@@ -1,0 +1,219 @@
+"""The places of learning as one program: each paradigm is the round loop over other sites with an equal budget.
+
+| place       | who trains                                   | who measures   |
+|-------------|----------------------------------------------|----------------|
+| federated   | the selected sites, aggregated by the method | every site     |
+| isolated    | each site alone, in the rounds it would be selected | every site |
+| centralized | one site that holds all data                 | every site     |
+
+The budget is exact in samples: in every round, centralized processes as many as the federated cohort together, and each
+isolated site as many as it would in the federation. Time is in the job: a continual job is a stream, whatever the place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.readers.base import Splits
+from server.coordinator import Coordinator, Outcome, Totals, round_budget, task_of
+from server.events import Events, Listener
+from server.selection import select
+from shared_models.job import Job
+from shared_models.messages import Budget
+from shared_models.registry import Registry
+from simulations.engines.inprocess import Benches, InProcess
+from simulations.partition import SitePopulation
+
+POOLED = "all-sites"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one paradigm reached with one seed. Metrics are the task's headline.
+
+    Attributes:
+        all_sites: on all sites' tests together (isolated: mean over the sites' models).
+        own_site: mean over sites of the metric on each site's own test.
+        per_site: site -> on its own test.
+        per_site_all: site -> its model on all sites' tests (the one shared model where there is only one).
+        curve: validation, one row a round (isolated: mean over the sites' curves).
+        matrix: R[t][i] of a stream, else None.
+        models: name -> final weights; one entry, or one per isolated site.
+    """
+
+    all_sites: float
+    own_site: float
+    per_site: Mapping[str, float]
+    per_site_all: Mapping[str, float]
+    curve: Sequence[Mapping[str, float]]
+    matrix: Sequence[Sequence[float]] | None
+    totals: Totals
+    fingerprint: str
+    models: Mapping[str, Mapping[str, Any]]
+
+
+Paradigm = Callable[["Setting"], Result]
+paradigms: Registry[Paradigm] = Registry("paradigm", "simulations.paradigms")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every paradigm is given: the job with its time and seed, the sites, and where to leave traces."""
+
+    job: Job
+    sites: SitePopulation
+    benches: Benches
+    run: str = "simulation"
+    folder: Path | None = None
+    listener: Listener | None = None
+
+    def coordinator(self, names: Sequence[str], name: str = "", **options: Any) -> Coordinator:
+        """A round loop in which `names` train and every site measures."""
+        folder = self.folder / name if self.folder and name else self.folder
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "job.toml").write_text(self.job.to_toml(), encoding="utf-8")
+        engine = InProcess(names, self.splits, self.benches)
+        return Coordinator(
+            self.job,
+            engine,
+            self.run,
+            folder=folder,
+            events=Events(folder / "events.jsonl" if folder else None, self.listener),
+            evaluators=self.sites.names,
+            **options,
+        )
+
+    def splits(self, name: str) -> Splits:
+        """A site's examples, or everybody's for the pooled client."""
+        return self.sites.pooled() if name == POOLED else self.sites.splits(name)
+
+    def cohort(self, round: int) -> list[str]:
+        """The sites that the federation selects in a round."""
+        return select(self.sites.names, self.job.federation.fraction, self.job.seed, round)
+
+
+def paradigm(name: str) -> Callable[[Paradigm], Paradigm]:
+    """Decorator that registers a function Setting -> Result as a place."""
+    return paradigms.register(name)
+
+
+@paradigm("federated")
+def federated(setting: Setting) -> Result:
+    """The sites as the job says."""
+    outcome = setting.coordinator(setting.sites.names).run()
+    return _one_model(setting, outcome, outcome.totals)
+
+
+@paradigm("centralized")
+def centralized(setting: Setting) -> Result:
+    """One client with everybody's data. Only a simulation can have it: in a real federation no one may pool them.
+
+    Its bytes up are the pooled examples, sent once; no model travels.
+    """
+    pooled = setting.sites.pooled()
+
+    def budget(round: int) -> Budget | None:
+        each = round_budget(setting.job, round)
+        cohort = setting.cohort(round)
+        if each.steps is not None:
+            return Budget(steps=each.steps * len(cohort))
+        task = task_of(setting.job, round)
+        held = sum(_held(setting, setting.splits(name), task) for name in cohort)
+        everything = _held(setting, pooled, task)
+        return Budget(epochs=(each.epochs or 0.0) * held / everything) if held else None
+
+    outcome = setting.coordinator([POOLED], budget=budget).run()
+    totals = outcome.totals
+    totals.bytes_up, totals.bytes_down = pooled.train.nbytes, 0
+    return _one_model(setting, outcome, totals)
+
+
+@paradigm("isolated")
+def isolated(setting: Setting) -> Result:
+    """Each site alone: as many models as sites, nothing leaves anyone."""
+    outcomes: dict[str, Outcome] = {}
+    for name in setting.sites.names:
+
+        def budget(round: int, name: str = name) -> Budget | None:
+            return round_budget(setting.job, round) if name in setting.cohort(round) else None
+
+        outcomes[name] = setting.coordinator([name], name, budget=budget).run()
+    headline = _headline(setting)
+    own = {name: o.per_site[name][headline] for name, o in outcomes.items()}
+    everywhere = {name: o.all_sites[headline] for name, o in outcomes.items()}
+    every = list(outcomes.values())
+    return Result(
+        all_sites=_mean(everywhere.values()),
+        own_site=_mean(own.values()),
+        per_site=own,
+        per_site_all=everywhere,
+        curve=_mean_curve([o.curve for o in every]),
+        matrix=_mean_matrix([o.matrix for o in every]),
+        totals=_add([o.totals for o in every]),
+        fingerprint=every[0].fingerprint,
+        models={name: o.model for name, o in outcomes.items()},
+    )
+
+
+def _one_model(setting: Setting, outcome: Outcome, totals: Totals) -> Result:
+    headline = _headline(setting)
+    own = {name: values[headline] for name, values in outcome.per_site.items()}
+    return Result(
+        all_sites=outcome.all_sites[headline],
+        own_site=_mean(own.values()),
+        per_site=own,
+        per_site_all=dict.fromkeys(own, outcome.all_sites[headline]),
+        curve=outcome.curve,
+        matrix=outcome.matrix or None,
+        totals=totals,
+        fingerprint=outcome.fingerprint,
+        models={"model": outcome.model},
+    )
+
+
+def _held(setting: Setting, splits: Splits, task: int) -> int:
+    """Training examples that are there for one task."""
+    job = setting.job
+    return len(splits.train if job.time == "offline" else splits.train.of_classes(job.tasks[task]))
+
+
+def _headline(setting: Setting) -> str:
+    from shared_models.tasks.base import tasks
+
+    return tasks[setting.job.task.name].headline
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _mean_curve(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+    """Per round, the mean over the sites that have a value there."""
+    rows: dict[float, list[Mapping[str, float]]] = {}
+    for curve in curves:
+        for row in curve:
+            rows.setdefault(row["round"], []).append(row)
+    return [{k: _mean(row[k] for row in rows[r]) for k in rows[r][0]} for r in sorted(rows)]
+
+
+def _mean_matrix(matrices: Sequence[Sequence[Sequence[float]]]) -> list[list[float]] | None:
+    if not matrices[0]:
+        return None
+    return [[_mean(values) for values in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
+
+
+def _add(totals: Sequence[Totals]) -> Totals:
+    """Sites work side by side: samples and resets add up, sequential steps are the slowest site's."""
+    return Totals(
+        rounds=max(t.rounds for t in totals),
+        samples=sum(t.samples for t in totals),
+        sequential_steps=max(t.sequential_steps for t in totals),
+        optimizer_resets=sum(t.optimizer_resets for t in totals),
+        rejections=sum(t.rejections for t in totals),
+        seconds=sum(t.seconds for t in totals),
+    )

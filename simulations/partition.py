@@ -1,0 +1,140 @@
+"""Who holds which example: seeded splits of one pool over simulated sites, with a hash that pins them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from client.readers.base import Examples, Splits, Store, split
+from shared_models.errors import ConfigError
+from shared_models.job import SimulationPart
+from shared_models.keys import key
+
+MAX_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Site name -> sorted row numbers of the pool; names are in their fixed order."""
+
+    kind: str
+    rows: Mapping[str, np.ndarray]
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of names and rows: two runs with the same hash trained on the same split."""
+        digest = hashlib.sha256()
+        for name, rows in self.rows.items():
+            digest.update(f"{name}\x1f{len(rows)}\x1f".encode())
+            digest.update(np.asarray(rows, dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+
+def site_names(count: int) -> list[str]:
+    """`site-1` .. `site-N`, padded so that they sort in order."""
+    width = len(str(count))
+    return [f"site-{k + 1:0{width}d}" for k in range(count)]
+
+
+def make_partition(store: Store, part: SimulationPart) -> Partition:
+    """Split the pool as `[simulation]` says.
+
+    Raises:
+        ConfigError: the pool has no site column, or no draw gives every site its minimum.
+    """
+    if part.partition == "column":
+        return by_column(store)
+    names = site_names(part.sites)
+    rng = np.random.default_rng(key(part.seed, "partition"))
+    labels = store.labels.numpy()
+    if part.partition == "iid":
+        return Partition("iid", dict(zip(names, iid(len(labels), part.sites, rng), strict=True)))
+    rows = dirichlet(labels, part.sites, part.alpha, part.min_examples, rng)
+    return Partition(f"dirichlet(alpha={part.alpha:g})", dict(zip(names, rows, strict=True)))
+
+
+def by_column(store: Store) -> Partition:
+    """One site per value of the column that the reader gave, in sorted order."""
+    if not store.sites:
+        raise ConfigError(
+            "simulation.partition = 'column' needs data with a site column", hint="Use 'iid' or 'dirichlet' instead"
+        )
+    column = np.asarray(store.sites)
+    return Partition("column", {str(name): np.flatnonzero(column == name) for name in sorted(set(store.sites))})
+
+
+def iid(examples: int, sites: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """A random split into parts whose sizes differ by at most one.
+
+    Raises:
+        ConfigError: there are more sites than examples.
+    """
+    if sites > examples:
+        raise ConfigError(f"{sites} sites cannot share {examples} examples", hint="Lower simulation.sites")
+    return [np.sort(rows) for rows in np.array_split(rng.permutation(examples), sites)]
+
+
+def dirichlet(
+    labels: np.ndarray, sites: int, alpha: float, min_examples: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Per class, shares p ~ Dir(alpha) over the sites (Hsu et al. 2019; per class as in Li et al. 2022, NIID-Bench).
+
+    Small alpha: each class sits at few sites. Large alpha: iid. The whole draw is repeated until every site has
+    `min_examples`.
+
+    Raises:
+        ConfigError: no draw in 1000 does.
+    """
+    classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    for _ in range(MAX_DRAWS):
+        shares: list[list[np.ndarray]] = [[] for _ in range(sites)]
+        for members in classes:
+            cuts = (np.cumsum(rng.dirichlet([alpha] * sites))[:-1] * len(members)).astype(int)
+            for site, rows in enumerate(np.split(rng.permutation(members), cuts)):
+                shares[site].append(rows)
+        split_rows = [np.sort(np.concatenate(rows)) for rows in shares]
+        if min(len(rows) for rows in split_rows) >= min_examples:
+            return split_rows
+    raise ConfigError(
+        f"no Dirichlet({alpha:g}) split of {len(labels)} examples over {sites} sites gives every site {min_examples}",
+        hint="Lower simulation.min_examples or simulation.sites, or raise simulation.alpha",
+    )
+
+
+class SitePopulation:
+    """The sites of a partition, each site's examples made when asked for."""
+
+    def __init__(self, store: Store, partition: Partition) -> None:
+        self.store = store
+        self.partition = partition
+        self.names: Sequence[str] = list(partition.rows)
+        self._splits: dict[str, Splits] = {}
+
+    def splits(self, name: str) -> Splits:
+        """One site's train, validation and test parts; raises DataError where one is empty."""
+        if name not in self._splits:
+            self._splits[name] = split(self.store, torch.from_numpy(self.partition.rows[name]))
+        return self._splits[name]
+
+    def pooled(self) -> Splits:
+        """All sites' examples as one: what a centralized baseline would have."""
+        parts = [self.splits(name) for name in self.names]
+        return Splits(*(
+            Examples(self.store, torch.cat([getattr(p, part).rows for p in parts]).sort().values)
+            for part in ("train", "validation", "test")
+        ))  # fmt: skip
+
+    def counts(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Site -> part -> class index as text -> examples, for the report."""
+        return {
+            name: {
+                part: {str(c): int(n) for c, n in enumerate(torch.bincount(getattr(self.splits(name), part).labels)) if n}
+                for part in ("train", "validation", "test")
+            }
+            for name in self.names
+        }

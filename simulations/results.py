@@ -1,0 +1,172 @@
+"""What a comparison leaves behind (`comparison.json`): the contract between running it and reporting it.
+
+Metrics are fractions from 0 to 1, larger is better; a list "one a seed" follows the order of `Comparison.seeds`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shared_models.errors import RunError
+
+Place = Literal["centralized", "isolated", "federated"]
+Time = Literal["offline", "continual"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PerSeed = list[Fraction]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Partition(_Frozen):
+    """How the examples lie at the sites: `sites[site][part][label]` counts them; parts: train, validation, test."""
+
+    kind: str
+    hash: str = ""
+    sites: dict[str, dict[str, dict[str, int]]] = {}
+
+
+class Budget(_Frozen):
+    """What one run of a cell consumed, summed over sites; `sequential_steps`: the longest chain of dependent steps."""
+
+    rounds: int = 0
+    samples: int = 0
+    sequential_steps: int = 0
+    optimizer_resets: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class Cell(_Frozen):
+    """One paradigm (place x time) over all seeds.
+
+    Attributes:
+        error: why the cell failed; its figures are then ignored.
+        all_sites: the metric over the tests of all sites together; isolated: the mean over the sites' models.
+        own_site: the mean over sites of the metric on each site's own test.
+        per_site: site -> the metric on its own test, one a seed.
+        per_site_all: site -> the metric of that site's model on the tests of all sites, one a seed.
+        curves: one list a seed of `{"round", "loss", <metric>}`, measured on validation data.
+        matrix: one a seed: `R[t][i]`, the metric on task i after task t, T x T; None where there is one task.
+        budget: the same for every seed.
+        seconds: wall-clock time, one a seed.
+        rejections: contributions refused, summed over seeds.
+    """
+
+    place: Place
+    time: Time
+    error: str | None = None
+    all_sites: PerSeed = []
+    own_site: PerSeed = []
+    per_site: dict[str, PerSeed] = {}
+    per_site_all: dict[str, PerSeed] = {}
+    curves: list[list[dict[str, float | None]]] = []
+    matrix: list[list[list[Fraction]]] | None = None
+    budget: Budget = Budget()
+    seconds: list[float] = []
+    rejections: int = 0
+
+    @property
+    def name(self) -> str:
+        """The paradigm in words, e.g. `federated, offline`."""
+        return f"{self.place}, {self.time}"
+
+
+class Comparison(_Frozen):
+    """Cells that share job, seeds, sites and labels, and all it takes to repeat them."""
+
+    title: str
+    created: datetime
+    version: str
+    command: str
+    job: dict[str, Any]
+    job_hash: str
+    fingerprint: str
+    demo: bool = False
+    partition: Partition
+    environment: dict[str, str]
+    seeds: list[int] = Field(min_length=1)
+    metric: str = "accuracy"
+    sites: list[str]
+    labels: list[str]
+    cells: list[Cell]
+
+    @model_validator(mode="after")
+    def _one_value_a_seed(self) -> Comparison:
+        names = [cell.name for cell in self.cells]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a paradigm appears twice among {names}")
+        for cell in self.cells:
+            if cell.error is not None:
+                continue
+            if cell.per_site.keys() != set(self.sites):
+                raise ValueError(f"{cell.name}: per_site has {sorted(cell.per_site)}, the sites are {self.sites}")
+            series = {"all_sites": cell.all_sites, "own_site": cell.own_site}
+            series |= {f"per_site '{site}'": values for site, values in cell.per_site.items()}
+            series |= {f"per_site_all '{site}'": values for site, values in cell.per_site_all.items()}
+            for what, values in series.items():
+                if len(values) != len(self.seeds):
+                    raise ValueError(f"{cell.name}: {what} has {len(values)} values for {len(self.seeds)} seeds")
+            matrices = cell.matrix or []
+            if cell.matrix is not None and len(matrices) != len(self.seeds):
+                raise ValueError(f"{cell.name}: {len(matrices)} matrices for {len(self.seeds)} seeds")
+            if any(len(row) != len(m) for m in matrices for row in m) or len({len(m) for m in matrices}) > 1:
+                raise ValueError(f"{cell.name}: every matrix must be T x T with the same T")
+        return self
+
+    def cell(self, place: Place, time: Time) -> Cell | None:
+        """The cell of that paradigm, or None where it was not run or failed."""
+        return next((c for c in self.cells if (c.place, c.time) == (place, time) and c.error is None), None)
+
+
+def parse(raw: Comparison | Mapping[str, Any], where: str = "the comparison") -> Comparison:
+    """Check a dict as it stands in `comparison.json`; a `Comparison` is returned as it is.
+
+    Raises:
+        RunError: a value is missing or cannot be; the message names the first one.
+    """
+    if isinstance(raw, Comparison):
+        return raw
+    try:
+        return Comparison.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RunError(f"{where} cannot be used: {place + ': ' if place else ''}{first['msg']}") from None
+
+
+def save(comparison: Comparison | Mapping[str, Any], path: Path) -> Path:
+    """Write `comparison.json` and return its path.
+
+    Raises:
+        RunError: a value is missing or cannot be, or the file cannot be written.
+    """
+    checked = parse(comparison)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(checked.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"the comparison cannot be written to {path}: {error.strerror}") from None
+    return path
+
+
+def load(path: Path) -> Comparison:
+    """Read `comparison.json`.
+
+    Raises:
+        RunError: it is not there, is no JSON, or lacks something.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}", hint="Run `fedzoo compare` first") from None
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}") from None
+    return parse(raw, where=str(path))

@@ -1,0 +1,166 @@
+"""What may be said after a comparison: means, intervals over seeds, and figures of continual learning.
+
+The intervals describe the spread over seeds (partition, initial weights, order of batches) and nothing else: neither
+the size of the test sets nor the number of intervals looked at is allowed for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy.stats import t as student  # type: ignore[import-untyped]
+
+from simulations.results import Cell, Comparison, Place, Time, parse
+
+Matrix = Sequence[Sequence[float]]
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Summary:
+    """n values, one a seed. `sd`, `low` and `high` are None where n = 1: one value has no spread."""
+
+    n: int
+    mean: float
+    sd: float | None
+    low: float | None
+    high: float | None
+
+
+def summarize(values: Sequence[float], level: float = LEVEL) -> Summary:
+    """Mean, standard deviation (n - 1) and Student-t interval `mean +- t(n-1) sd / sqrt(n)`.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    n, mean = len(values), fmean(values)
+    if n == 1:
+        return Summary(n, mean, None, None, None)
+    sd = stdev(values)
+    half = float(student.ppf((1 + level) / 2, n - 1)) * sd / math.sqrt(n)
+    return Summary(n, mean, sd, mean - half, mean + half)
+
+
+def paired(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Summary:
+    """The difference a - b seed by seed: both sides of a pair share partition and initial weights.
+
+    Raises:
+        ValueError: the two have different lengths, or none.
+    """
+    return summarize([x - y for x, y in zip(a, b, strict=True)], level)
+
+
+def final_average(r: Matrix) -> float:
+    """`FAA = mean_i R[T,i]`: the metric after the last task, averaged over all T tasks (R: T x T)."""
+    return fmean(r[-1])
+
+
+def forgetting(r: Matrix) -> float:
+    """`mean_{i<T}(max_t R[t,i] - R[T,i])`: how far each earlier task fell from its best (R: T x T; 0 where T = 1).
+
+    Chaudhry et al., "Riemannian Walk for Incremental Learning" (2018), with the last row among the t, as in Buzzega
+    et al. (2020): never negative.
+    """
+    return fmean([max(row[i] for row in r) - r[-1][i] for i in range(len(r) - 1)] or [0.0])
+
+
+def backward_transfer(r: Matrix) -> float:
+    """`BWT = mean_{i<T}(R[T,i] - R[i,i])`: below 0 where later tasks spoilt earlier ones (R: T x T; 0 where T = 1).
+
+    Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning" (2017), equation 3.
+    """
+    return fmean([r[-1][i] - r[i][i] for i in range(len(r) - 1)] or [0.0])
+
+
+def verdicts(comparison: Comparison | Mapping[str, Any]) -> list[str]:
+    """Plain sentences that claim no more than the 95 % intervals over seeds do.
+
+    For each time: federated against isolated (all tests, own tests) and against centralized; what each continual cell
+    forgot; continual against offline; then what went wrong.
+    """
+    c = parse(comparison)
+    said: list[str] = []
+    times: tuple[Time, ...] = ("offline", "continual")
+    for time in times:
+        centralized, isolated, federated = (c.cell(p, time) for p in ("centralized", "isolated", "federated"))
+        prefix = f"{time.capitalize()}: "
+        if federated and isolated:
+            said += [prefix + _against(federated, isolated, own) for own in (False, True)]
+        if federated and centralized:
+            said.append(prefix + _against(federated, centralized))
+        if centralized and isolated and not federated:
+            said.append(prefix + _against(centralized, isolated))
+    places: tuple[Place, ...] = ("centralized", "isolated", "federated")
+    for place in places:
+        continual = c.cell(place, "continual")
+        if continual and continual.matrix:
+            said.append(f"{place.capitalize()}: {_forgot(continual.matrix)}")
+    offline, continual = c.cell("federated", "offline"), c.cell("federated", "continual")
+    if offline and continual:
+        said.append("Federated: " + _against(continual, offline))
+    for cell in c.cells:
+        if cell.error is not None:
+            said.append(f"{cell.name.capitalize()}: failed, so nothing is claimed about it ({cell.error}).")
+        elif cell.rejections:
+            noun = "contribution was" if cell.rejections == 1 else "contributions were"
+            said.append(f"{cell.name.capitalize()}: {cell.rejections} {noun} rejected and did not count.")
+    return said
+
+
+def _against(a: Cell, b: Cell, own: bool = False) -> str:
+    """One sentence on the paired difference a - b."""
+    left, right = (a.place, b.place) if a.place != b.place else (a.time, b.time)
+    where = "the sites' own tests" if own else "all sites' tests"
+    d = paired(a.own_site, b.own_site) if own else paired(a.all_sites, b.all_sites)
+    side = "above" if d.mean > 0 else "below"
+    unequal = (
+        f" The budgets differ: {a.budget.samples:,} samples against {b.budget.samples:,}."
+        if a.budget.samples != b.budget.samples
+        else ""
+    )
+    if d.low is None or d.high is None:
+        return (
+            f"{left} measured {_points(abs(d.mean))} points {side} {right} on {where}, with one seed: "
+            f"there is no interval and no difference can be claimed.{unequal}"
+        )
+    if d.low <= 0 <= d.high:
+        return (
+            f"no difference between {left} and {right} can be claimed on {where}: {_points(d.mean)} points "
+            f"({_interval(d.low, d.high)}, {d.n} seeds).{unequal}"
+        )
+    low, high = sorted((abs(d.low), abs(d.high)))
+    return (
+        f"{left} is {side} {right} on {where} by {_points(abs(d.mean))} points "
+        f"({_interval(low, high)}, {d.n} seeds).{unequal}"
+    )
+
+
+def _forgot(matrices: Sequence[Matrix]) -> str:
+    """One sentence on the forgetting of a continual cell."""
+    f = summarize([forgetting(r) for r in matrices])
+    if f.low is None or f.high is None:
+        return (
+            f"continual training lost {_points(f.mean)} points on earlier tasks, with one seed: there is no interval."
+        )
+    if f.low <= 0:
+        return (
+            f"no forgetting can be claimed: {_points(f.mean)} points ({_interval(f.low, f.high)}, {f.n} seeds) "
+            "below the best each earlier task had reached."
+        )
+    return (
+        f"continual training forgets: earlier tasks end {_points(f.mean)} points below their best "
+        f"({_interval(f.low, f.high)}, {f.n} seeds)."
+    )
+
+
+def _points(fraction: float) -> str:
+    """0.123 -> `12.3`; never `-0.0`."""
+    return f"{100 * fraction:z.1f}".replace("-", "−")
+
+
+def _interval(low: float, high: float) -> str:
+    return f"95 % interval {_points(low)} to {_points(high)}"

@@ -1,0 +1,168 @@
+"""The roster: a token works once, whoever races for it, and only as long as it is meant to."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from pathlib import Path
+
+import pytest
+
+from server.nodes import Roster
+from shared_models.errors import ConfigError, EnrollmentError
+
+
+@pytest.fixture
+def roster(tmp_path: Path) -> Roster:
+    return Roster(tmp_path / "nodes.db")
+
+
+def enroll(roster: Roster, token: bytes, serial: str = "1", now: float | None = None) -> str:
+    with roster.redeem(token, now) as redemption:
+        redemption.enroll(f"key {serial}".encode(), 2**64 - 1, serial)
+        return redemption.site
+
+
+def code(error: pytest.ExceptionInfo[EnrollmentError]) -> str:
+    return error.value.code
+
+
+def test_a_token_works_once(roster: Roster) -> None:
+    token, expires = roster.invite("a", 3600, now=1000)
+    assert (len(token), expires) == (32, 4600)
+    assert enroll(roster, token, now=2000) == "a"
+    (node,) = roster.nodes()
+    assert (node.site, node.node_id, node.serial, node.enrolled, node.revoked) == ("a", 2**64 - 1, "1", 2000, None)
+    with pytest.raises(EnrollmentError) as error:
+        enroll(roster, token, "2", now=2001)
+    assert code(error) == "invite-used"
+
+
+def test_the_token_itself_is_stored_nowhere(roster: Roster) -> None:
+    token, _ = roster.invite("a", 60)
+    stored = b"".join(path.read_bytes() for path in roster.path.parent.iterdir())
+    assert token not in stored
+    assert token.hex().encode() not in stored
+
+
+def test_expiry_is_exact(roster: Roster) -> None:
+    token, expires = roster.invite("a", 60, now=1000)
+    with pytest.raises(EnrollmentError) as error:
+        enroll(roster, token, now=expires)
+    assert code(error) == "invite-expired"
+    assert enroll(roster, token, now=expires - 0.001) == "a"
+
+
+def test_forged(roster: Roster) -> None:
+    roster.invite("a", 60)
+    for token in (bytes(32), b"", b"x" * 5000):
+        with pytest.raises(EnrollmentError) as error:
+            enroll(roster, token)
+        assert code(error) == "invite-unknown"
+
+
+def test_a_failure_in_between_leaves_the_token_usable(roster: Roster) -> None:
+    token, _ = roster.invite("a", 60)
+
+    def fail() -> None:
+        with roster.redeem(token) as redemption:
+            redemption.enroll(b"key", 1, "1")
+            raise RuntimeError("the registration went wrong")
+
+    with pytest.raises(RuntimeError, match="went wrong"):
+        fail()
+    assert roster.nodes() == []
+    assert enroll(roster, token) == "a"
+
+
+def test_revocation(roster: Roster) -> None:
+    first, _ = roster.invite("a", 60)
+    open_invite, _ = roster.invite("a", 60)
+    enroll(roster, first)
+    with pytest.raises(EnrollmentError) as error:
+        enroll(roster, open_invite, "2")
+    assert code(error) == "site-enrolled"
+    with pytest.raises(EnrollmentError, match="revoke it first"):
+        roster.invite("a", 60)
+    assert roster.revoke("a", now=77).serial == "1"
+    revoked = roster.by_serial("1")
+    assert revoked is not None
+    assert revoked.revoked == 77
+    with pytest.raises(EnrollmentError) as error:
+        enroll(roster, open_invite, "2")
+    assert code(error) == "site-revoked"
+    again, _ = roster.invite("a", 60)
+    assert enroll(roster, again, "3") == "a"
+    with pytest.raises(EnrollmentError, match="no enrolled site is called 'b'"):
+        roster.revoke("b")
+
+
+def test_a_key_enrolls_once(roster: Roster) -> None:
+    token, _ = roster.invite("a", 60)
+    enroll(roster, token, "1")
+    other, _ = roster.invite("b", 60)
+
+    def reuse() -> None:
+        with roster.redeem(other) as redemption:
+            redemption.require_new(b"key 2")
+            redemption.require_new(b"key 1")
+
+    with pytest.raises(EnrollmentError) as error:
+        reuse()
+    assert code(error) == "key-used"
+
+
+def race(roster: Roster, token: bytes, serial: str, start: threading.Barrier, won: list[str]) -> None:
+    start.wait()
+    try:
+        enroll(roster, token, serial)
+        won.append(serial)
+    except EnrollmentError as error:
+        assert error.code == "invite-used"
+
+
+def test_of_many_threads_one_wins(tmp_path: Path) -> None:
+    for attempt in range(5):
+        roster = Roster(tmp_path / f"{attempt}.db")
+        token, _ = roster.invite("a", 60)
+        start, won = threading.Barrier(8), list[str]()
+        racers = [
+            threading.Thread(target=race, args=(Roster(roster.path), token, str(n), start, won)) for n in range(8)
+        ]
+        for racer in racers:
+            racer.start()
+        for racer in racers:
+            racer.join(30)
+        assert len(won) == 1
+        assert [node.serial for node in roster.nodes()] == won
+
+
+def _process(path: Path, token: bytes, serial: str) -> bool:
+    try:
+        enroll(Roster(path), token, serial)
+    except EnrollmentError:
+        return False
+    return True
+
+
+def test_of_two_processes_one_wins(roster: Roster) -> None:
+    token, _ = roster.invite("a", 60)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        results = pool.starmap(_process, [(roster.path, token, "1"), (roster.path, token, "2")])
+    assert sorted(results) == [False, True]
+
+
+@pytest.mark.parametrize("name", ["", "A", "-a", "a_b", "a" * 64, "a/b", "ä", "a\n"])
+def test_names_that_cannot_be(roster: Roster, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be a site's name"):
+        roster.invite(name, 60)
+
+
+def test_longest_name_and_lifetime(roster: Roster) -> None:
+    roster.invite("a" * 63, 60)
+    with pytest.raises(ConfigError, match="longer than 0"):
+        roster.invite("a", 0)
+
+
+def test_file_mode(roster: Roster) -> None:
+    assert roster.path.stat().st_mode & 0o777 == 0o600
