@@ -65,12 +65,10 @@ class Handler:
             raise FingerprintError(f"an instruction for '{instruction.site}' reached '{self.site}'", code="wrong-site")
         bench = self.benches(instruction.job)
         if instruction.kind == "probe":
-            require_same(bench.spec, dict(instruction.document), "the server")
-        elif bench.spec.fingerprint != instruction.fingerprint:
+            return self._probe(instruction, bench)
+        if bench.spec.fingerprint != instruction.fingerprint:
             raise FingerprintError("the server's model is not the one this node would train")
         splits = self.data(instruction.job)
-        if instruction.kind == "probe":
-            return self._reply(instruction, document=bench.spec.document, examples=len(splits.train))
         stored = self.state.replay(instruction)
         if stored is not None:
             log.info("round %d was answered before; the same answer is sent again", instruction.round)
@@ -90,6 +88,16 @@ class Handler:
         if instruction.kind == "end_task":
             return self._end_task(instruction, bench, examples, kept)
         return self._train(instruction, bench, examples, kept, metrics)
+
+    def _probe(self, instruction: Instruction, bench: Workbench) -> Contribution:
+        """Would this node train that model, and can it read its data? Its own document goes up for comparison."""
+        try:
+            require_same(bench.spec, dict(instruction.document), "the server")
+        except FingerprintError as error:
+            log.error("%s", error)
+            return self._reply(instruction, code=error.code, document=bench.spec.document)
+        examples = len(self.data(instruction.job).train)
+        return self._reply(instruction, document=bench.spec.document, examples=examples)
 
     def _train(
         self,

@@ -7,7 +7,6 @@ next one, so that a round repeated after a crash is answered with the identical 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from shared_models.errors import DataError, Rejected
+from shared_models.files import private_folder, write_whole
 from shared_models.messages import Contribution, Instruction
 from shared_models.sums import Groups
 from shared_models.wire import decode_contribution, encode_contribution, flatten, unflatten
@@ -107,16 +107,15 @@ class DiskState:
     def save(self, instruction: Instruction, kept: dict[str, Groups], answer: Contribution) -> None:
         """Write the other slot, then point `current` at it."""
         folder = self._folder(instruction.run)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(folder)
         slot = "b" if self._current(folder).get("slot") == "a" else "a"
         flat = {f"{owner}:{name}": t for owner, groups in kept.items() for name, t in flatten(groups).items()}
         manifest, blob = encode_contribution(answer)
-        _write(folder / f"{slot}.kept", save({n: t.detach().cpu().contiguous() for n, t in flat.items()}))
-        _write(folder / f"{slot}.answer.json", manifest)
-        _write(folder / f"{slot}.answer.bin", blob)
+        write_whole(folder / f"{slot}.kept", save({n: t.detach().cpu().contiguous() for n, t in flat.items()}))
+        write_whole(folder / f"{slot}.answer.json", manifest)
+        write_whole(folder / f"{slot}.answer.bin", blob)
         current = json.dumps({"slot": slot, "answers": _identity(instruction)}).encode()
-        _write(folder / "current.new", current)
-        os.replace(folder / "current.new", folder / "current")
+        write_whole(folder / "current", current)
 
     def _folder(self, run: str) -> Path:
         return self.root / self.site / run
@@ -132,9 +131,3 @@ class DiskState:
 def _identity(instruction: Instruction) -> str:
     return f"{instruction.job.hash} {instruction.kind} {instruction.task} {instruction.round}"
 
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as sink:
-        sink.write(data)
-        sink.flush()
-        os.fsync(sink.fileno())

@@ -8,6 +8,8 @@ so that a round of seconds is not made of sleep and a fleet at rest costs its se
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ FLOWER_IDLE_SECONDS = 3.0
 IDLE = {"first": 0.2, "longest": FLOWER_IDLE_SECONDS, "growth": 1.02}
 BUSY_SECONDS = 0.1
 OBJECT_BACKOFF_SECONDS = 0.05
+log = logging.getLogger("flwr")
 
 
 def shorten_pauses() -> None:
@@ -35,9 +38,18 @@ def shorten_pauses() -> None:
             time.sleep(min(seconds, BUSY_SECONDS))
 
     vars(main_loop)["time"] = SimpleNamespace(sleep=sleep)
-    pull_objects.__kwdefaults__["initial_backoff"] = OBJECT_BACKOFF_SECONDS
+    pull_objects.__kwdefaults__ = {**(pull_objects.__kwdefaults__ or {}), "initial_backoff": OBJECT_BACKOFF_SECONDS}
+
+
+def main() -> None:
+    """Run Flower's entry point, and end when it ends: an error in its main loop leaves its local API serving alone."""
+    shorten_pauses()
+    try:
+        flower_supernode()
+    except Exception:
+        log.exception("the SuperNode failed")
+    os._exit(1)
 
 
 if __name__ == "__main__":
-    shorten_pauses()
-    flower_supernode()
+    main()

@@ -52,6 +52,19 @@ class Workbench:
         return {"model": {k: self.entries[k] for k in self.spec.personal}}
 
 
+class Benches:
+    """Keeps the last job's workbench: the next round of the same job finds it warm."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self._bench: Workbench | None = None
+
+    def __call__(self, job: Job) -> Workbench:
+        if self._bench is None or (self._bench.job is not job and self._bench.job.hash != job.hash):
+            self._bench = Workbench(job, self.device)
+        return self._bench
+
+
 def make_optimizer(part: TrainPart, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """torch's own optimizers, with the job's settings."""
     if part.optimizer == "adamw":

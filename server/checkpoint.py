@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load, save
 
 from shared_models.errors import RunError
+from shared_models.files import write_whole
 from shared_models.sums import Groups
 from shared_models.wire import flatten, unflatten
 
@@ -25,8 +25,8 @@ def write_checkpoint(folder: Path, groups: Groups, facts: dict[str, Any]) -> Non
     data = save({n: t.detach().cpu().contiguous() for n, t in flatten(groups).items()})
     digest = hashlib.sha256(data).hexdigest()
     name = f"state-{digest[:16]}.safetensors"
-    write_atomically(folder / name, data)
-    write_atomically(folder / "state.json", json.dumps({"tensors": name, "sha256": digest, **facts}).encode())
+    write_whole(folder / name, data)
+    write_whole(folder / "state.json", json.dumps({"tensors": name, "sha256": digest, **facts}).encode())
     for old in folder.glob("state-*.safetensors"):
         if old.name != name:
             old.unlink()
@@ -47,12 +47,3 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, 
         raise RunError(f"the checkpoint in {folder} is damaged: its SHA-256 differs", hint="Restore it from a backup")
     return unflatten(load(data)), facts
 
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, flush to disk, rename."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("wb") as sink:
-        sink.write(data)
-        sink.flush()
-        os.fsync(sink.fileno())
-    os.replace(beside, path)

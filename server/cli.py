@@ -59,6 +59,9 @@ def init(
 def start(dir: Dir = DEFAULT_DIR) -> None:
     """Run the server in the foreground until Ctrl-C."""
     import logging
+    import os
+
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else every failed handshake of a stranger is printed
 
     from server.config import ServerFolder, load
     from server.process import serve

@@ -123,6 +123,11 @@ class ServerFolder:
         return self.root / "nodes.db"
 
     @property
+    def lock(self) -> Path:
+        """Held by the running server."""
+        return self.root / "server.lock"
+
+    @property
     def flower(self) -> Path:
         """SuperLink's private home and database."""
         return self.root / "flower"

@@ -11,12 +11,13 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from server.checkpoint import read_checkpoint, write_atomically, write_checkpoint
+from server.checkpoint import read_checkpoint, write_checkpoint
 from server.events import Events
 from server.executor import Executor
 from server.selection import select
 from shared_models.checks import check_contribution
 from shared_models.errors import Rejected, RunError
+from shared_models.files import write_whole
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction, Part, payload_bytes
 from shared_models.methods.base import make_method, make_pieces, overrides
@@ -252,7 +253,7 @@ class Coordinator:
             totals=self.progress.totals,
         )
         if self.folder:
-            write_atomically(self.folder / "model.safetensors", save({n: t.contiguous() for n, t in model.items()}))
+            write_whole(self.folder / "model.safetensors", save({n: t.contiguous() for n, t in model.items()}))
         self.events.emit("end", test=outcome.all_sites, per_site=outcome.per_site, totals=asdict(outcome.totals))
         return outcome
 

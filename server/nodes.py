@@ -107,6 +107,7 @@ class Roster:
         """
         moment = time.time() if now is None else now
         with self._connect() as db:
+            db.execute("BEGIN")
             _valid_site(db, token, moment)  # a forged or stale token never waits for the write lock
         with self._write() as db:
             yield Redemption(db, _valid_site(db, token, moment), _hash(token), moment)

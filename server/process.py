@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
@@ -35,16 +36,16 @@ def serve(server_dir: Path, on_ready: Callable[[], None] = lambda: None) -> None
 
     Raises:
         ConfigError: the folder is not a server's.
-        DeploymentError: a port is taken or SuperLink does not start; with the end of its log.
+        DeploymentError: it runs already, a port is taken, or SuperLink does not start (with the end of its log).
     """
     os.umask(0o077)
     folder = ServerFolder(server_dir)
     config = load(server_dir)
     authority = Authority.load(folder.pki)
     roster = Roster(folder.nodes)
-    for port, purpose in ((config.ports.enrollment, "enrollment"), (config.ports.membership, "membership")):
-        require_free_port(config.bind.strip("[]"), port, f"the {purpose} service ([ports] {purpose})")
-    with _stop_signals() as stop, ExitStack() as running:
+    with _alone(folder), _stop_signals() as stop, ExitStack() as running:
+        for port, purpose in ((config.ports.enrollment, "enrollment"), (config.ports.membership, "membership")):
+            require_free_port(config.bind.strip("[]"), port, f"the {purpose} service ([ports] {purpose})")
         superlink = SuperLink(folder, config, authority)
         running.callback(superlink.stop)
         superlink.start(give_up=stop.is_set)
@@ -73,6 +74,19 @@ def reconcile(roster: Roster, control: FlowerControl) -> None:
             continue
         if node_id != node.node_id:
             roster.set_node_id(node.serial, node_id)
+
+
+@contextmanager
+def _alone(folder: ServerFolder) -> Iterator[None]:
+    """Hold the server's folder; the kernel lets go of it when this process ends, however it ends."""
+    with folder.lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DeploymentError(
+                f"the server in {folder.root} is running already", hint="See: fedzoo server status"
+            ) from None
+        yield
 
 
 def _stop_service(service: grpc.Server) -> None:

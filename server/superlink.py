@@ -6,9 +6,11 @@ and takes registered node keys only.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import os
+import signal
 import site
 import ssl
 import sys
@@ -35,6 +37,7 @@ class SuperLink:
         self.folder = folder
         self.config = config
         self.authority = authority
+        self.home = folder.flower.resolve()
         self._child: Child | None = None
         self._started = 0.0
         self._wait = FIRST_WAIT
@@ -46,6 +49,7 @@ class SuperLink:
         Raises:
             DeploymentError: a port is taken, or it ended or stayed silent for 90 s; with the end of its log.
         """
+        self.stop()
         host = self.config.bind.strip("[]")
         require_free_port(host, self.config.ports.fleet, "SuperNodes ([ports] fleet)")
         require_free_port(LOOPBACK, self.config.ports.control, "Flower's Control API ([ports] control)")
@@ -73,8 +77,7 @@ class SuperLink:
                 self._wait,
                 self._child.log,
             )
-            self._child.stop()
-            self._child = None
+            self.stop()
             self._retry_at = now + self._wait
         if self._retry_at is not None and now >= self._retry_at:
             self._spawn()
@@ -84,8 +87,9 @@ class SuperLink:
         return is_healthy(self.config, self.authority)
 
     def stop(self) -> None:
-        """Stop it and all it started."""
+        """Stop it and all it started, also what an earlier one has left behind."""
         self._retry_at = None
+        end_processes(self.home)
         if self._child is not None:
             self._child.stop()
             self._child = None
@@ -98,11 +102,11 @@ class SuperLink:
             *("--ssl-ca-certfile", str(self.authority.ca.resolve())),
             *("--ssl-certfile", str(self.authority.server.resolve())),
             *("--ssl-keyfile", str(self.authority.server_key.resolve())),
-            *("--database", str((self.folder.flower / "state.db").resolve())),
+            *("--database", str(self.home / "state.db")),
             "--enable-supernode-auth",
             "--disable-runtime-dependency-installation",
         ]
-        private_folder(self.folder.flower)
+        private_folder(self.home)
         self._child = Child("superlink", command, self.folder.logs / "superlink.log", self._environment())
         self._started = time.monotonic()
         self._retry_at = None
@@ -110,7 +114,7 @@ class SuperLink:
 
     def _environment(self) -> dict[str, str]:
         """SuperLink starts `flower-superexec` and the ServerApp by name: they and our packages must be found."""
-        environment = flower_environment(self.folder.flower.resolve())
+        environment = flower_environment(self.home)
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
         environment["no_proxy"] = no_proxy(environment)
         packages = Path(server.__file__).resolve().parents[1]
@@ -118,6 +122,38 @@ class SuperLink:
             known = environment.get("PYTHONPATH")
             environment["PYTHONPATH"] = os.pathsep.join([str(packages), known] if known else [str(packages)])
         return environment
+
+
+def end_processes(home: Path, grace: float = 5.0) -> None:
+    """End every process that has `home` as its Flower home: SIGTERM, and SIGKILL after `grace` seconds.
+
+    SuperLink's `flower-superexec` and `flwr-serverapp` live in sessions of their own and outlive a killed SuperLink; an
+    old ServerApp must not go on writing beside a new one. Their environment tells whose they are.
+    """
+    for pid in _processes(home):
+        _signal(pid, signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    while (left := _processes(home)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        _signal(pid, signal.SIGKILL)
+
+
+def _processes(home: Path) -> list[int]:
+    wanted = f"FLWR_HOME={home}".encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:  # it has just ended, or belongs to another user
+            continue
+    return found
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def is_healthy(config: ServerConfig, authority: Authority) -> bool:

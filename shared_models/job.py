@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared_models.errors import ConfigError
+from shared_models.files import read_toml
 from shared_models.validation import validate
 
 Place = Literal["centralized", "isolated", "federated"]
@@ -191,12 +192,7 @@ class Job(Part):
         Raises:
             ConfigError: the file is missing or broken (line), a key is unknown (nearest), a value or pair cannot be.
         """
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the job {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the job {path} is not valid TOML: {error}") from None
+        data = read_toml(path)
         for override in overrides:
             _override(data, override)
         return Job.resolve(data, where=str(path))
@@ -221,10 +217,15 @@ class Job(Part):
         return job
 
     def replace(self, **changes: Any) -> Job:
-        """A resolved copy; `part={"key": value}` changes keys of that part, `key=value` a top-level key."""
+        """A resolved copy; `part={"key": value}` changes keys of that part, `key=value` a top-level key.
+
+        A change that names another model or method replaces that part whole: its old settings mean nothing there.
+        """
         data = self.model_dump()
         for name, change in changes.items():
-            data[name] = {**data[name], **change} if isinstance(change, dict) else change
+            if isinstance(change, dict) and change.get("name", data[name].get("name")) == data[name].get("name"):
+                change = {**data[name], **change}
+            data[name] = change
         return Job.resolve(data)
 
     @cached_property

@@ -15,6 +15,7 @@ from pathlib import Path
 from shared_models.errors import DeploymentError
 
 _PR_SET_PDEATHSIG = 1
+_MAX_LOG_BYTES = 10_000_000
 
 
 def _die_with_parent() -> None:
@@ -70,7 +71,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 class Child:
-    """One supervised process in a session of its own, its output in a log file.
+    """One supervised process in a session of its own, its output in a log file (one older one is kept, as `.1`).
 
     Start it from the main thread: the kernel ties its life to the thread that started it.
     """
@@ -79,7 +80,9 @@ class Child:
         self.name = name
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        self._offset = log.stat().st_size if log.exists() else 0
+        if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
+            log.replace(log.with_name(f"{log.name}.1"))
+        self._offset = self._read = log.stat().st_size if log.exists() else 0
         with log.open("ab") as sink:
             self.process = subprocess.Popen(
                 list(command),
@@ -105,6 +108,14 @@ class Child:
         with self.log.open("rb") as source:
             source.seek(self._offset)
             return "\n".join(source.read().decode(errors="replace").splitlines()[-lines:])
+
+    def new_lines(self) -> list[str]:
+        """The whole lines it wrote since the last call."""
+        with self.log.open("rb") as source:
+            source.seek(self._read)
+            whole, newline, _ = source.read().rpartition(b"\n")
+        self._read += len(whole) + len(newline)
+        return whole.decode(errors="replace").splitlines()
 
     def stop(self, grace: float = 8.0) -> None:
         """SIGTERM to the whole group, SIGKILL to what is left after `grace` seconds."""

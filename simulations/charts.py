@@ -139,12 +139,12 @@ def bars(key: str, title: str, rows: Sequence[Bar]) -> Markup:
         wide = round(sx(bar.value) - left, 1)
         shape = '<rect class="bar {}" x="{}" y="{}" width="{}" height="17" rx="2"/>'
         out.append(Markup(shape).format(bar.style, left, y, wide))
-        if bar.mark is not None:
-            out.append(Markup('<path class="mark" d="M{} {}l5 5l-5 5l-5-5z"/>').format(sx(bar.mark), y + 3.5))
         if bar.sd is not None:
             a, b = sx(bar.value - bar.sd), sx(bar.value + bar.sd)
             d = f"M{a} {y + 8.5}H{b}M{a} {y + 4.5}v8M{b} {y + 4.5}v8"
             out.append(Markup('<path class="halo" d="{}"/><path class="whisker" d="{}"/>').format(d, d))
+        if bar.mark is not None:
+            out.append(Markup('<path class="mark" d="M{} {}l5 5l-5 5l-5-5z"/>').format(sx(bar.mark), y + 3.5))
         out.append(Markup('<text class="value" x="{}" y="{}">{}</text>').format(WIDTH - right + 12, y + 13, bar.text))
     said = "; ".join(f"{bar.label}: {bar.text}" for bar in rows)
     return _svg(key, title, f"Percent, mean and standard deviation over seeds. {said}.", height, out)

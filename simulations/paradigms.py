@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from client.readers.base import Splits
+from client.workbench import Benches
 from server.coordinator import Coordinator, Outcome, Totals, round_budget, task_of
 from server.events import Events, Listener
 from server.selection import select
 from shared_models.job import Job
 from shared_models.messages import Budget
 from shared_models.registry import Registry
-from simulations.engines.inprocess import Benches, InProcess
+from simulations.engines.inprocess import InProcess
 from simulations.partition import SitePopulation
 
 POOLED = "all-sites"

@@ -43,19 +43,24 @@ def write(comparison: Given, path: Path) -> Path:
     return path
 
 
-def table(comparison: Given) -> Table:
-    """The summary for a terminal: one row a paradigm.
+def tables(comparison: Given, width: int = 120) -> list[Table]:
+    """The summary for a terminal, one row a paradigm; below 120 columns what was reached and what it cost apart.
 
     Raises:
         RunError: the comparison lacks something.
     """
     c = parse(comparison)
-    shown = Table(title=Text(c.title), title_justify="left")
-    for i, header in enumerate(headers(c)):
-        shown.add_column(Text(header), justify="right" if i else "left")
-    for cell in c.cells:
-        shown.add_row(*(Text(value) for value in row(cell)))
-    return shown
+    head, rows = headers(c), [row(cell) for cell in c.cells]
+    cuts = [range(len(head))] if width >= 120 else [range(4), (0, *range(4, len(head)))]
+    found = []
+    for number, columns in enumerate(cuts):
+        shown = Table(title=Text(c.title) if number == 0 else None, title_justify="left")
+        for i in columns:
+            shown.add_column(Text(head[i]), justify="right" if i else "left", no_wrap=i == 0)
+        for cells in rows:
+            shown.add_row(*(Text(cells[i]) for i in columns))
+        found.append(shown)
+    return found
 
 
 def as_markdown(comparison: Given) -> str:

@@ -170,3 +170,58 @@ def load(path: Path) -> Comparison:
     except ValueError as error:
         raise RunError(f"{path} is not JSON: {error}") from None
     return parse(raw, where=str(path))
+
+
+def of_run(folder: Path) -> Comparison:
+    """The one-cell comparison of a run that real nodes made, from its job, result and status.
+
+    Raises:
+        RunError: the folder is not a finished run's.
+    """
+    import tomllib
+
+    from shared_models.job import Job
+    from shared_models.tasks.base import tasks
+
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        text = (folder / "job.toml").read_text(encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"{folder} holds neither a comparison nor a finished run: {error.strerror} ({error.filename})",
+            hint="See: fedzoo run list",
+        ) from None
+    job = Job.resolve(tomllib.loads(text), where=str(folder / "job.toml"))
+    headline = tasks[job.task.name].headline
+    per_site = {site: values[headline] for site, values in result["per_site"].items()}
+    totals = result["totals"]
+    everywhere = result["all_sites"][headline]
+    cell = Cell(
+        place="federated",
+        time=job.time,
+        all_sites=[everywhere],
+        own_site=[sum(per_site.values()) / len(per_site)],
+        per_site={site: [value] for site, value in per_site.items()},
+        per_site_all={site: [everywhere] for site in per_site},
+        curves=[result["curve"]],
+        matrix=[result["matrix"]] if result["matrix"] else None,
+        budget=Budget(**{k: v for k, v in totals.items() if k in Budget.model_fields}),
+        seconds=[totals["seconds"]],
+        rejections=totals["rejections"],
+    )
+    return Comparison(
+        title=f"{folder.name}: a federation of {len(per_site)} sites",
+        created=datetime.fromtimestamp((folder / "result.json").stat().st_mtime).astimezone().replace(microsecond=0),
+        version=result.get("version", ""),
+        command=f"fedzoo run submit {folder / 'job.toml'}",
+        job=job.model_dump(mode="json"),
+        job_hash=job.hash,
+        fingerprint=result["fingerprint"],
+        partition=Partition(kind="real sites: what each of them holds stays there"),
+        environment={},
+        seeds=[job.seed],
+        metric=headline,
+        sites=sorted(per_site),
+        labels=list(job.task.labels),
+        cells=[cell],
+    )

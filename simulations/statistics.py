@@ -1,6 +1,6 @@
 """What may be said after a comparison: means, intervals over seeds, and figures of continual learning.
 
-The intervals describe the spread over seeds (partition, initial weights, order of batches) and nothing else: neither
+The intervals describe the spread over seeds (initial weights, order of batches) and nothing else: neither the split,
 the size of the test sets nor the number of intervals looked at is allowed for.
 """
 
@@ -46,7 +46,7 @@ def summarize(values: Sequence[float], level: float = LEVEL) -> Summary:
 
 
 def paired(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Summary:
-    """The difference a - b seed by seed: both sides of a pair share partition and initial weights.
+    """The difference a - b seed by seed: both sides of a pair share what the seed decides.
 
     Raises:
         ValueError: the two have different lengths, or none.

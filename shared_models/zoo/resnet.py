@@ -6,7 +6,7 @@ no sample seen through another. No operation is in place, so hooks and `torch.fu
 ======  =====  ========  ==========================================
 size    width  stem      parameters
 ======  =====  ========  ==========================================
-tiny    16     cifar     700,890 at one channel, 10 out
+tiny    16     cifar     701,178 at one channel, 10 out
 cifar   64     cifar     11,173,962 at three channels, 10 out
 paper   64     imagenet  11,689,512 at three channels, 1000 out
 ======  =====  ========  ==========================================

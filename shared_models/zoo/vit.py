@@ -16,7 +16,8 @@ operation is in place, so hooks and `torch.func` see every parameter through a m
 
 `tiny` starts its positions at the scale of the patch tokens: with the paper's 0.02 attention cannot tell patches apart
 at first, and a few hundred steps are too few to learn it. On scikit-learn's digits (1,200 images, batch 32, 200 steps
-of SGD 0.05 with momentum 0.9, one thread, 3 seeds) that is FILL instead of FILL2 test accuracy.
+of SGD 0.05 with momentum 0.9, one thread, 3 seeds) that is 0.94 instead of 0.78 test accuracy;
+AdamW 0.001 gives 0.96.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ def dropout_layer(rate: float) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, eq. 1): (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention (Vaswani et al. 2017, eq. 1): (B, N, D) -> (B, N, D).
+
+    Written out, not as torch's fused call, whose gradient is not deterministic on CUDA and has no `vmap` rule on CPU.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -78,8 +82,8 @@ class Attention(nn.Module):
         """softmax(q k^T / sqrt(D/h)) v, per head."""
         b, n, d = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # (B, h, N, D/h)
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, D/h)
-        out: Tensor = self.out(y.transpose(1, 2).reshape(b, n, d))  # (B, N, D)
+        weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(d // self.heads), dim=-1)  # (B, h, N, N)
+        out: Tensor = self.out((weights @ v).transpose(1, 2).reshape(b, n, d))  # (B, N, D)
         return out
 
 
@@ -99,8 +103,8 @@ class Block(nn.Module):
         """(B, N, D) -> (B, N, D)."""
         x = x + self.dropout(self.attention(self.norm1(x)))
         hidden = self.dropout(F.gelu(self.hidden(self.norm2(x))))  # (B, N, mlp)
-        x = x + self.dropout(self.out(hidden))
-        return x
+        out: Tensor = x + self.dropout(self.out(hidden))
+        return out
 
 
 class VisionTransformer(nn.Module):

@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import torch
-
 from client.handler import Handler
 from client.policy import Policy
 from client.readers.base import Splits
 from client.state import MemoryState
-from client.workbench import Workbench
+from client.workbench import Benches, Workbench
 from shared_models.job import Job
 from shared_models.messages import Contribution, Instruction
-
-
-class Benches:
-    """Keeps the last job's workbench: the next round of the same job finds it warm."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.device = device
-        self._bench: Workbench | None = None
-
-    def __call__(self, job: Job) -> Workbench:
-        if self._bench is None or (self._bench.job is not job and self._bench.job.hash != job.hash):
-            self._bench = Workbench(job, self.device)
-        return self._bench
 
 
 class InProcess:

@@ -62,7 +62,9 @@ def test_a_site_gets_the_name_the_server_says(authority: Authority) -> None:
 
 def test_a_site_cannot_stand_in_for_the_server(authority: Authority) -> None:
     signed = authority.sign("localhost", request_for(ec.generate_private_key(ec.SECP384R1())))
-    verifier = PolicyBuilder().store(Store([certificate(authority.ca)])).build_server_verifier(x509.DNSName("localhost"))
+    verifier = (
+        PolicyBuilder().store(Store([certificate(authority.ca)])).build_server_verifier(x509.DNSName("localhost"))
+    )
     with pytest.raises(VerificationError):
         verifier.verify(x509.load_pem_x509_certificate(signed.pem), [])
 
@@ -85,9 +87,7 @@ def tampered() -> bytes:
     der = x509.load_pem_x509_csr(request_for(mine)).public_bytes(serialization.Encoding.DER)
 
     def point(key: ec.EllipticCurvePrivateKey) -> bytes:
-        return key.public_key().public_bytes(
-            serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint
-        )
+        return key.public_key().public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
 
     swapped = der.replace(point(mine), point(other))
     assert swapped != der

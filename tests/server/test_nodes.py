@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+import server
 from server.nodes import Roster
 from shared_models.errors import ConfigError, EnrollmentError
 
@@ -112,44 +115,66 @@ def test_a_key_enrolls_once(roster: Roster) -> None:
     assert code(error) == "key-used"
 
 
-def race(roster: Roster, token: bytes, serial: str, start: threading.Barrier, won: list[str]) -> None:
+def race(roster: Roster, token: bytes, serial: str, start: threading.Barrier, outcomes: list[str]) -> None:
     start.wait()
     try:
         enroll(roster, token, serial)
-        won.append(serial)
+        outcomes.append(serial)
     except EnrollmentError as error:
-        assert error.code == "invite-used"
+        outcomes.append(error.code)
 
 
 def test_of_many_threads_one_wins(tmp_path: Path) -> None:
     for attempt in range(5):
         roster = Roster(tmp_path / f"{attempt}.db")
         token, _ = roster.invite("a", 60)
-        start, won = threading.Barrier(8), list[str]()
+        start, outcomes = threading.Barrier(8), list[str]()
         racers = [
-            threading.Thread(target=race, args=(Roster(roster.path), token, str(n), start, won)) for n in range(8)
+            threading.Thread(target=race, args=(Roster(roster.path), token, str(n), start, outcomes)) for n in range(8)
         ]
         for racer in racers:
             racer.start()
         for racer in racers:
             racer.join(30)
-        assert len(won) == 1
-        assert [node.serial for node in roster.nodes()] == won
+        (winner,) = roster.nodes()
+        assert sorted(outcomes) == [winner.serial, *["invite-used"] * 7]
 
 
-def _process(path: Path, token: bytes, serial: str) -> bool:
-    try:
-        enroll(Roster(path), token, serial)
-    except EnrollmentError:
-        return False
-    return True
+RACER = """
+import sys
+from pathlib import Path
+from server.nodes import Roster
+from shared_models.errors import EnrollmentError
+path, token, serial = Path(sys.argv[1]), bytes.fromhex(sys.argv[2]), sys.argv[3]
+roster = Roster(path)
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with roster.redeem(token) as redemption:
+        redemption.enroll(serial.encode(), 1, serial)
+    print("won")
+except EnrollmentError as error:
+    print(error.code)
+"""
 
 
 def test_of_two_processes_one_wins(roster: Roster) -> None:
     token, _ = roster.invite("a", 60)
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        results = pool.starmap(_process, [(roster.path, token, "1"), (roster.path, token, "2")])
-    assert sorted(results) == [False, True]
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, str(roster.path), token.hex(), serial],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(server.__file__).parents[1])},
+        )
+        for serial in ("1", "2")
+    ]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    results = [racer.communicate("go\n", timeout=30)[0].strip() for racer in racers]
+    assert sorted(results) == ["invite-used", "won"]
 
 
 @pytest.mark.parametrize("name", ["", "A", "-a", "a_b", "a" * 64, "a/b", "ä", "a\n"])

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from shared_models.errors import RunError
 from simulations import charts
-from simulations.report import as_markdown, headers, row, table, write
+from simulations.report import as_markdown, headers, row, tables, write
 from simulations.results import parse
 
 SITES = ["North General", "Riverside Clinic", "St. Anne's"]
@@ -147,7 +147,7 @@ def test_drawings_and_tables_are_accessible(written):
     assert page.count("<desc") == len(drawings)
     assert all("scope" in attrs for tag, attrs in parsed.tags if tag == "th")
     scrolls = [attrs for _, attrs in parsed.tags if attrs.get("class") == "scroll"]
-    assert len(scrolls) == 5  # summary, two matrices, partition, command
+    assert len(scrolls) == 4  # summary, two matrices, partition
     assert all(attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in scrolls)
 
 
@@ -222,7 +222,8 @@ def test_many_sites_and_classes_are_cut_and_counted(tmp_path):
 def test_the_three_tables_hold_the_same_figures(tmp_path):
     c = parse(example())
     console = Console(width=240, record=True, file=(tmp_path / "out").open("w"))
-    console.print(table(c))
+    for shown in tables(c):
+        console.print(shown)
     terminal, markdown = console.export_text(), as_markdown(c)
     page = " ".join(read(write(c, tmp_path / "r.html"))[1].text)
     for value in [v for cell in c.cells for v in row(cell) if v != "–"] + headers(c):
@@ -247,7 +248,8 @@ def test_markup_in_an_error_is_shown_as_it_is(tmp_path):
     c = example()
     c["cells"][-1]["error"] = "a|b\n[red]c[/red]"
     console = Console(width=240, record=True, file=(tmp_path / "out").open("w"))
-    console.print(table(c))
+    for shown in tables(c):
+        console.print(shown)
     assert "[red]c[/red]" in console.export_text()
     assert "failed: a\\|b [red]c[/red] |" in as_markdown(c)
 
@@ -278,10 +280,28 @@ def test_ticks_are_round_and_cover_the_range(low, high, expected):
     assert expected is None or found == expected
 
 
-def test_a_bar_has_the_length_of_its_value():
+def test_a_bar_has_the_length_of_its_value_on_the_axis():
     drawn = charts.bars("k", "t", [charts.Bar("x", "federated offline", v, None, str(v)) for v in (100, 50, 0)])
     full, half, none = (float(w) for w in re.findall(r'class="bar[^>]* width="([\d.]+)"', drawn))
-    assert (half, none) == (pytest.approx(full / 2, abs=0.1), 0)
+    zero, _, hundred = (float(x) for x in re.findall(r'class="grid" d="M([\d.]+)', drawn))
+    assert (full, half, none) == (pytest.approx(hundred - zero), pytest.approx((hundred - zero) / 2, abs=0.1), 0)
+
+
+def test_a_whisker_ends_with_the_axis():
+    drawn = charts.bars("k", "t", [charts.Bar("x", "federated offline", 98, 5, "98.0 ± 5.0")])
+    _, _, hundred = re.findall(r'class="grid" d="M([\d.]+)', drawn)
+    assert f"H{hundred}M" in drawn
+    assert float(hundred) < charts.WIDTH
+
+
+def test_a_curve_runs_between_the_ends_of_its_axes():
+    points = [charts.Point(1, 0, 0, 0), charts.Point(2, 50, 40, 60), charts.Point(3, 100, 100, 100)]
+    drawn = charts.lines("k", "t", [charts.Series("x", "federated offline", points)], "round", "y (%)", 100)
+    axis = re.findall(r'class="grid" d="M([\d.]+) ([\d.]+)H([\d.]+)"', drawn)  # from 0 % upwards
+    (left, bottom, right), (_, top, _) = axis[0], axis[-1]
+    curve = re.search(r'class="line[^>]* d="M([^"]+)"', drawn)[1].split("L")
+    assert (curve[0], curve[-1]) == (f"{float(left)} {bottom}", f"{float(right)} {top}")
+    assert float(curve[1].split()[1]) == pytest.approx((float(top) + float(bottom)) / 2, abs=0.1)
 
 
 def _luminance(colour):

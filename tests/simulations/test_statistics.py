@@ -112,6 +112,11 @@ def test_one_seed_claims_nothing():
     assert all("one seed" in s and "no interval" in s for s in said)
 
 
+def test_without_a_federated_cell_the_two_baselines_are_compared():
+    c = comparison([cell("centralized", [0.9, 0.91, 0.92]), cell("isolated", [0.5, 0.51, 0.52])])
+    assert [s.split(" on ")[0] for s in verdicts(c)] == ["Offline: centralized is above isolated"]
+
+
 def test_own_test_has_its_own_verdict():
     c = comparison([cell("federated", [0.8] * 3, [0.6, 0.62, 0.61]), cell("isolated", [0.5] * 3, [0.9, 0.91, 0.92])])
     assert "federated is below isolated on the sites' own tests by" in verdicts(c)[1]

@@ -1,0 +1,138 @@
+"""`fedzoo client`: join a federation as a site, run its node, look at it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+DEFAULT_DIR = Path("fedzoo-node")
+AHEAD_SECONDS, BEHIND_SECONDS = 4.0, 240.0  # Flower refuses a signature 5 s from the future or 305 s old
+
+app = typer.Typer(name="client", help="Join a federation as a site and run its node.", no_args_is_help=True)
+Dir = Annotated[Path, typer.Option("--dir", help="The node's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+
+
+@app.command()
+def enroll(
+    invite: Annotated[str, typer.Argument(help="The string from the server's operator.")],
+    data: Annotated[Path, typer.Option(help="The site's private data; it stays where it is.")],
+    dir: Dir = DEFAULT_DIR,
+    format: Annotated[str, typer.Option(help="How to read the data.")] = "imagefolder",
+) -> None:
+    """Join the federation that issued the invite. The node makes its own key; it never leaves the folder."""
+    from client.enroll import enroll as join
+    from client.readers.base import readers
+
+    readers[format]  # an unknown name must not cost the invite
+    config = join(invite, dir, data, format)
+    typer.echo(f"enrolled as '{config.site}' in {dir}. Next: fedzoo client check --dir {dir}")
+
+
+@app.command()
+def check(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
+    """Look whether the data can be read and the server reached, and who this node is. Ends with 1 on a problem."""
+    from client.config import NodeFolder, load
+    from client.enroll import whoami
+    from client.readers import check as look
+    from client.tls import site_credentials, verify_server
+    from shared_models.errors import FedzooError
+
+    config = load(dir)
+
+    def server() -> dict[str, Any]:
+        verify_server(config.server.fleet, site_credentials(NodeFolder(dir))[0])
+        return {"fleet": config.server.fleet}
+
+    def identity() -> dict[str, Any]:
+        asked = time.time()
+        member = whoami(dir)
+        clock = (asked + time.time()) / 2 - member.server_time
+        problem = ""
+        if member.status == "revoked":
+            problem = "this node is revoked; ask the server's operator for a new invite"
+        elif not -BEHIND_SECONDS < clock < AHEAD_SECONDS:
+            problem = f"this machine's clock is {abs(clock):.0f} s {'ahead of' if clock > 0 else 'behind'} the server's"
+        found = {"site": member.site, "status": member.status, "certificate_until": _iso(member.expires)}
+        return {**found, "clock_ahead_seconds": round(clock, 1), **({"problem": problem} if problem else {})}
+
+    def private_data() -> dict[str, Any]:
+        summary = look(config.data.folder, config.data.format)
+        bad = len(summary.get("unreadable", ()))
+        return {**summary, **({"problem": f"{bad} files cannot be read"} if bad else {})}
+
+    def attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return part()
+        except FedzooError as error:
+            return {"problem": str(error)}
+
+    report = {"data": attempt(private_data), "server": attempt(server), "identity": attempt(identity)}
+    if json_output:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        for part, found in report.items():
+            typer.echo(f"{part:9} {'PROBLEM' if 'problem' in found else 'ok'}")
+            for name, value in found.items():
+                typer.echo(f"  {name}: {value}")
+    if any("problem" in found for found in report.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def start(
+    dir: Dir = DEFAULT_DIR,
+    approve: Annotated[
+        list[str] | None, typer.Option(metavar="HASH", help="A job this site agrees to; may be repeated.")
+    ] = None,
+    approve_all: Annotated[bool, typer.Option("--approve-all", help="Agree to every job of this server.")] = False,
+) -> None:
+    """Run the node in the foreground until Ctrl-C. Without approval nothing runs on the data."""
+    import signal
+    import threading
+
+    from client.config import PolicyPart, load
+    from client.node import run
+    from shared_models.validation import validate
+
+    config = load(dir)
+    validate(PolicyPart, {"approve": approve or []}, "--approve")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    if not (approve or approve_all or config.policy.approve or config.policy.approve_all):
+        _say("no job is approved: what the server asks for is refused and kept in requests/ for you to read")
+    run(dir, approve or (), approve_all, stop, _say)
+
+
+@app.command()
+def status(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
+    """Show what the node does now, and the jobs that wait for approval."""
+    from dataclasses import asdict
+
+    from client.config import NodeFolder
+    from client.status import read
+
+    now = read(dir)
+    pending = sorted(path.stem for path in NodeFolder(dir).requests.glob("*.toml"))
+    if json_output:
+        typer.echo(json.dumps({**asdict(now), "requests": pending}, indent=2))
+        return
+    typer.echo(f"{now.state}{': ' if now.reason else ''}{now.reason}")
+    if now.pid:
+        typer.echo(f"process {now.pid}, {now.restarts} restarts, since {_iso(now.since)}")
+    for job in pending:
+        typer.echo(f"asked for: {job}  (read {NodeFolder(dir).requests / job}.toml; agree with --approve {job})")
+
+
+def _say(line: str) -> None:
+    typer.echo(f"{time.strftime('%H:%M:%S')} {line}")
+
+
+def _iso(moment: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))

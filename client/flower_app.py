@@ -1,0 +1,76 @@
+"""The node's end of Flower: a message in, a message out, through the same handler as in the simulator."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flwr.app import Context, Message
+
+from client.config import ClientConfig, NodeFolder, load
+from client.handler import Handler
+from client.policy import Policy
+from client.readers.base import Splits, readers, split
+from client.state import DiskState
+from client.workbench import Benches
+from shared_models.errors import FedzooError
+from shared_models.flower import from_record, to_record
+from shared_models.job import Job
+from shared_models.messages import Contribution
+from shared_models.wire import decode_instruction, encode_contribution
+
+log = logging.getLogger("fedzoo.client")
+
+
+def client_app(
+    node_dir: Path, approve: Sequence[str] = (), approve_all: bool = False
+) -> Callable[[Message, Context], Message]:
+    """What the resident worker runs for each message of one node.
+
+    Args:
+        node_dir: an enrolled node's folder.
+        approve: job hashes approved on the command line, besides those in `client.toml`.
+        approve_all: approve every job.
+
+    Raises:
+        ConfigError: `client.toml` or an approved hash cannot be.
+    """
+    config, folder = load(node_dir), NodeFolder(node_dir)
+    policy = Policy(
+        (*config.policy.approve, *approve),
+        approve_all=approve_all or config.policy.approve_all,
+        requests=folder.requests,
+    )
+    handler = Handler(config.site, NodeData(config), DiskState(folder.state, config.site), policy, Benches())
+
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            instruction = decode_instruction(*from_record(message.content))
+        except FedzooError as error:  # another version of the server, most likely
+            log.error("an instruction cannot be understood: %s", error)
+            reply = Contribution("probe", "unknown", config.site, code=error.code)
+        else:
+            reply = handler.handle(instruction)
+        return Message(to_record(*encode_contribution(reply)), reply_to=message)
+
+    return answer
+
+
+class NodeData:
+    """The site's own examples, read once per preprocessing and label list."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self.config = config
+        self._key: object = None
+        self._splits: Splits | None = None
+
+    def __call__(self, job: Job) -> Splits:
+        """Raises DataError, which names files and stays here."""
+        wanted = (job.data, job.task.labels)
+        if self._splits is None or self._key != wanted:
+            data = self.config.data
+            reader = readers[data.format]()
+            self._splits = split(reader.read(data.folder, job.data, job.task.labels, data.labels))
+            self._key = wanted
+        return self._splits

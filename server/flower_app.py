@@ -1,0 +1,44 @@
+"""The ServerApp that SuperLink starts: a thin adapter from a Flower run to the round loop of our run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from server.config import ServerFolder
+from server.coordinator import Coordinator
+from server.events import Events
+from server.flower_executor import FlowerExecutor
+from server.nodes import Roster
+from server.runs import ACTIVE, find_run
+from shared_models.errors import FedzooError
+from shared_models.files import write_whole
+
+log = logging.getLogger("fedzoo.server")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run, or carry on, the run named in the Flower run's configuration."""
+    server = ServerFolder(Path(str(context.run_config["server-dir"])))
+    run = find_run(server.runs, str(context.run_config["run"]))
+    if run.status().state not in ACTIVE:
+        return
+    run.write(state="running")
+    events = Events(run.path / "events.jsonl")
+    try:
+        job = run.job()
+        executor = FlowerExecutor(grid, Roster(server.nodes), job.federation.round_timeout, events)
+        outcome = Coordinator(job, executor, run.id, folder=run.path, events=events).run()
+    except FedzooError as error:
+        events.emit("failed", code=error.code, reason=str(error))
+        run.write(state="failed", reason=str(error))
+        log.error("run %s failed: %s", run.id, error)
+        return
+    write_whole(run.path / "result.json", json.dumps(outcome.document()))
+    run.write(state="done")

@@ -1,0 +1,162 @@
+"""`fedzoo run`: submit a job to the server on this machine and follow it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.cli import DEFAULT_DIR, Dir, Json
+
+if TYPE_CHECKING:
+    from server.flower_control import FlowerControl
+    from server.runs import RunFolder
+
+app = typer.Typer(name="run", help="Submit jobs to the server on this machine, and follow them.", no_args_is_help=True)
+Run = Annotated[str, typer.Argument(help="The run's id, or `last`.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. federation.rounds=5.")]
+POLL = 0.3
+
+
+@app.command()
+def submit(
+    job: Annotated[Path, typer.Argument(help="A job file.")],
+    dir: Dir = DEFAULT_DIR,
+    set: Set = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the run to its end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Submit a job. Prints the run's id and the job's hash, which every site must approve."""
+    from server.config import ServerFolder
+    from server.runs import create_run, lease
+    from shared_models.job import Job
+
+    resolved = Job.load(job, set or ())
+    with _control(dir) as control:
+        control.runs()  # fails here, before a folder is made, where no server runs
+        folder = create_run(ServerFolder(dir).runs, resolved)
+        lease(folder, control, dir)
+    if as_json:
+        typer.echo(json.dumps({"run": folder.id, "job": resolved.hash, "folder": str(folder.path)}))
+    else:
+        typer.echo(f"submitted run {folder.id}")
+        typer.echo(f"job hash {resolved.hash}")
+        typer.echo(f"A site agrees with: fedzoo client start --approve {resolved.hash}")
+    if watch:
+        _follow(folder, as_json)
+
+
+@app.command("list")
+def list_(dir: Dir = DEFAULT_DIR, as_json: Json = False) -> None:
+    """List all runs, the oldest first."""
+    from server.config import ServerFolder
+    from server.runs import list_runs
+
+    rows = [{"run": folder.id, **asdict(folder.status())} for folder in list_runs(ServerFolder(dir).runs)]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    for row in rows:
+        typer.echo(f"{row['run']}  {row['state']}  {row['reason']}".rstrip())
+    if not rows:
+        typer.echo("no run yet")
+
+
+@app.command()
+def watch(run: Run = "last", dir: Dir = DEFAULT_DIR, as_json: Json = False) -> None:
+    """Follow a run from its first event to its end; exits with 1 where it failed or was stopped."""
+    from server.config import ServerFolder
+    from server.runs import find_run
+
+    _follow(find_run(ServerFolder(dir).runs, run), as_json)
+
+
+@app.command()
+def stop(run: Run, dir: Dir = DEFAULT_DIR) -> None:
+    """Stop a run; its checkpoint stays and `resume` carries on from it."""
+    from server.config import ServerFolder
+    from server.runs import find_run, stop_run
+
+    folder = find_run(ServerFolder(dir).runs, run)
+    with _control(dir) as control:
+        stop_run(folder, control)
+    typer.echo(f"stopped run {folder.id}")
+
+
+@app.command()
+def resume(run: Run, dir: Dir = DEFAULT_DIR) -> None:
+    """Carry on a failed or stopped run from its checkpoint."""
+    from server.config import ServerFolder
+    from server.runs import ACTIVE, find_run, lease
+    from shared_models.errors import RunError
+
+    folder = find_run(ServerFolder(dir).runs, run)
+    status = folder.status()
+    if status.state in (*ACTIVE, "done"):
+        raise RunError(f"run {folder.id} is {status.state}: there is nothing to resume")
+    with _control(dir) as control:
+        control.runs()
+        folder.write(state="submitted", reason="", leases=0)
+        lease(folder, control, dir)
+    typer.echo(f"run {folder.id} goes on")
+
+
+def follow(folder: RunFolder, poll: float = POLL) -> Iterator[dict[str, Any]]:
+    """Every event of a run, from the first, until the run has ended.
+
+    Raises:
+        RunError: it failed or was stopped; with the reason.
+    """
+    from server.events import read_events
+    from server.runs import ACTIVE
+    from shared_models.errors import RunError
+
+    offset = 0
+    while True:
+        status = folder.status()
+        for event, offset in read_events(folder.path / "events.jsonl", offset):  # noqa: B020 - carries the place on
+            yield event
+        if status.state not in ACTIVE:
+            break
+        time.sleep(poll)
+    if status.state != "done":
+        raise RunError(f"run {folder.id} {status.state}" + (f": {status.reason}" if status.reason else ""))
+
+
+def describe(event: dict[str, Any]) -> str:
+    """One event as one line, empty for those a person need not see."""
+    kind = event["event"]
+    if kind == "round":
+        measured = ", ".join(f"{k} {v:.3f}" for k, v in event["validation"].items() if k in ("accuracy", "loss"))
+        answered = f"{len(event['sites'])} of {len(event['sites']) + len(event['rejected'])} sites"
+        return f"round {event['round'] + 1}/{event['rounds']}: {answered}; before it: validation {measured}"
+    if kind == "waiting":
+        missing = ", ".join(f"{site} ({why})" for site, why in event["missing"].items()) or "nobody is enrolled"
+        return f"waiting for sites: {len(event['have'])} of {event['need']} ready; missing {missing}"
+    if kind in ("rejected", "refused"):
+        detail = f": {event['detail']}" if event.get("detail") else ""
+        return f"{kind} {event['site']}: {event['code']}{detail}"
+    if kind == "end":
+        return f"done: accuracy on all sites' tests {event['test'].get('accuracy', float('nan')):.3f}"
+    return {"resumed": f"resumed at round {event.get('round')}", "failed": f"failed: {event.get('reason')}"}.get(kind, "")
+
+
+def _follow(folder: RunFolder, as_json: bool) -> None:
+    for event in follow(folder):
+        line = json.dumps(event) if as_json else describe(event)
+        if line:
+            typer.echo(line)
+    if not as_json:
+        typer.echo(f"model and result are in {folder.path}; a page: fedzoo report {folder.path}")
+
+
+def _control(dir: Path) -> FlowerControl:
+    from server.config import ServerFolder, load
+    from server.flower_control import FlowerControl
+
+    return FlowerControl(load(dir).control, ServerFolder(dir).pki / "ca.crt")

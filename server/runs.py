@@ -1,0 +1,149 @@
+"""A run is ours: a folder with its own id. A Flower run is a lease on it, replaced when it is lost.
+
+    runs/<id>/  job.toml  status.json  events.jsonl  checkpoint/  model.safetensors  result.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from server.flower_control import FlowerControl
+from shared_models.errors import CompatibilityError, ConfigError, RunError
+from shared_models.files import private_folder, write_whole
+from shared_models.job import Job
+from shared_models.registry import nearest
+
+ACTIVE = ("submitted", "running")
+MAX_LEASES = 5
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands.
+
+    Attributes:
+        state: submitted, running, done, failed or stopped.
+        reason: why it failed, in one line.
+        lease: id of the Flower run that carries it now; nothing is named by it.
+        leases: how many there were.
+        updated: Unix seconds.
+    """
+
+    state: str
+    reason: str = ""
+    lease: int = 0
+    leases: int = 0
+    updated: float = 0.0
+
+
+class RunFolder:
+    """One run below a server's `runs/`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def id(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    def job(self) -> Job:
+        """The resolved job."""
+        return Job.load(self.path / "job.toml")
+
+    def status(self) -> Status:
+        """The last one written."""
+        return Status(**json.loads((self.path / "status.json").read_text()))
+
+    def write(self, **changes: object) -> Status:
+        """Change fields of the status, atomically."""
+        before = asdict(self.status()) if (self.path / "status.json").exists() else {"state": "submitted"}
+        status = Status(**{**before, **changes, "updated": time.time()})
+        write_whole(self.path / "status.json", json.dumps(asdict(status)))
+        return status
+
+
+def create_run(runs: Path, job: Job) -> RunFolder:
+    """A new folder `<job name>-<time>` with the job in it.
+
+    Raises:
+        CompatibilityError: the job's place is one that only a simulation has.
+    """
+    if job.place != "federated":
+        raise CompatibilityError(
+            f"job '{job.name}' has place = '{job.place}', which only a simulation can do",
+            hint="Use `fedzoo simulate`, or submit it with --set place=federated",
+        )
+    stamp = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while (path := runs / (stamp if number == 1 else f"{stamp}-{number}")).exists():
+        number += 1
+    folder = RunFolder(private_folder(path))
+    write_whole(path / "job.toml", job.to_toml())
+    folder.write(state="submitted")
+    return folder
+
+
+def find_run(runs: Path, run: str) -> RunFolder:
+    """The folder of a run; `last` means the newest.
+
+    Raises:
+        ConfigError: there is none of that name (lists the nearest).
+    """
+    known = [folder.id for folder in list_runs(runs)]
+    if run == "last" and known:
+        return RunFolder(runs / known[-1])
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run) or run not in known:
+        raise ConfigError(f"there is no run '{run}' in {runs}", hint=nearest(run, known) if known else "None was made")
+    return RunFolder(runs / run)
+
+
+def list_runs(runs: Path) -> list[RunFolder]:
+    """All runs, the oldest first."""
+    found = [RunFolder(p.parent) for p in runs.glob("*/status.json")]
+    return sorted(found, key=lambda folder: ((folder.path / "job.toml").stat().st_mtime, folder.id))
+
+
+def lease(folder: RunFolder, control: FlowerControl, server_dir: Path) -> Status:
+    """Start a Flower run that carries on from the run's checkpoint."""
+    flower_run = control.start_run({"run": folder.id, "server-dir": str(server_dir.resolve())})
+    return folder.write(lease=flower_run, leases=folder.status().leases + 1)
+
+
+def renew_leases(runs: Path, control: FlowerControl, server_dir: Path) -> list[str]:
+    """Give a new lease to every unfinished run whose Flower run has ended; returns what was done, a line each.
+
+    A run that loses its lease five times is failed: something kills it.
+    """
+    done = []
+    active = [folder for folder in list_runs(runs) if folder.status().state in ACTIVE]
+    flower = control.runs() if active else {}
+    for folder in active:
+        status = folder.status()
+        if status.state not in ACTIVE or not flower.get(status.lease, "finished:gone").startswith("finished"):
+            continue
+        if status.leases >= MAX_LEASES:
+            folder.write(state="failed", reason=f"its process ended {MAX_LEASES} times; see the server's logs/")
+            done.append(f"run {folder.id} failed: its process ended {MAX_LEASES} times")
+        else:
+            lease(folder, control, server_dir)
+            done.append(f"run {folder.id} goes on from its checkpoint")
+    return done
+
+
+def stop_run(folder: RunFolder, control: FlowerControl) -> None:
+    """Stop a run; its checkpoint stays.
+
+    Raises:
+        RunError: it has ended already.
+    """
+    status = folder.status()
+    if status.state not in ACTIVE:
+        raise RunError(f"run {folder.id} is {status.state} already")
+    folder.write(state="stopped")
+    if not control.runs().get(status.lease, "finished").startswith("finished"):
+        control.stop_run(status.lease)

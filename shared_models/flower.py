@@ -1,0 +1,27 @@
+"""Our manifest and blob inside a Flower message, the same on both sides."""
+
+from __future__ import annotations
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from shared_models.errors import Rejected
+
+_MANIFEST, _BLOB = "manifest", "blob"
+_STYPE = "fedzoo.raw"
+
+
+def to_record(manifest: bytes, blob: bytes) -> RecordDict:
+    """One ConfigRecord with the manifest, one ArrayRecord with the blob as a single array of raw bytes."""
+    array = Array(dtype="uint8", shape=(len(blob),), stype=_STYPE, data=blob)
+    return RecordDict({_MANIFEST: ConfigRecord({_MANIFEST: manifest}), _BLOB: ArrayRecord({_BLOB: array})})
+
+
+def from_record(record: RecordDict) -> tuple[bytes, bytes]:
+    """(manifest, blob); raises Rejected("malformed") for anything that `to_record` did not make."""
+    try:
+        manifest, array = record.config_records[_MANIFEST][_MANIFEST], record.array_records[_BLOB][_BLOB]
+    except KeyError:
+        raise Rejected("a Flower message without manifest and blob", code="malformed") from None
+    if not isinstance(manifest, bytes) or array.stype != _STYPE:
+        raise Rejected("a Flower message whose manifest or blob is of another type", code="malformed")
+    return manifest, array.data

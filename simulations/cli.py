@@ -1,0 +1,152 @@
+"""`fedzoo demo`, `simulate`, `compare` and `report`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from simulations.results import Comparison
+
+app = typer.Typer()
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="A job file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. federation.rounds=5.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results [default: runs/<job>-<time>].")]
+
+
+@app.command()
+def demo(
+    dir: Annotated[Path, typer.Option("--dir", help="Where server, nodes and results go.")] = Path("fedzoo-demo"),
+) -> None:
+    """Three hospitals, one server, TLS, a ViT: a real federation on this machine, then the paradigms compared."""
+    from simulations.demo import run
+
+    run(dir)
+
+
+@app.command()
+def simulate(job: JobFile, set: Set = None, out: Out = None, as_json: Json = False) -> None:
+    """Run one job as it stands, in this process, on simulated sites."""
+    from shared_models.job import Job
+    from simulations.compare import load_sites, run_one
+
+    resolved = Job.load(job, set or ())
+    sites = load_sites(resolved, job.parent)
+    folder = _folder(out, resolved.name)
+    rounds = resolved.federation.rounds * (len(sites.names) if resolved.place == "isolated" else 1)
+    with progress(rounds, quiet=as_json) as listen:
+        comparison = run_one(resolved, sites, folder, _command(), listen)
+    _leave(comparison, folder, as_json)
+
+
+@app.command()
+def compare(
+    job: JobFile,
+    place: Annotated[str, typer.Option(help="Places of learning, comma-separated.")] = "centralized,federated,isolated",
+    time: Annotated[str, typer.Option(help="Times of learning, comma-separated: offline, continual.")] = "offline",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from the job's own.")] = 3,
+    set: Set = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Compare paradigms: same data, same split, same seeds, same budget."""
+    from shared_models.job import Job
+    from simulations.compare import as_places, as_times, compare, count_rounds, load_sites
+
+    resolved = Job.load(job, set or ())
+    places, times = as_places(place), as_times(time)
+    chosen = range(resolved.seed, resolved.seed + seeds)
+    sites = load_sites(resolved, job.parent)
+    folder = _folder(out, f"{resolved.name}-compare")
+    with progress(count_rounds(resolved, sites, places, times, seeds), quiet=as_json) as listen:
+        comparison = compare(
+            resolved,
+            sites,
+            places=places,
+            times=times,
+            seeds=chosen,
+            folder=folder,
+            command=_command(),
+            listen=listen,
+        )
+    _leave(comparison, folder, as_json)
+    if any(cell.error for cell in comparison.cells):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's or a comparison's folder.")], as_json: Json = False) -> None:
+    """Draw the page of a finished run or comparison again."""
+    from simulations.report import write
+    from simulations.results import load, of_run, save
+
+    if (run / "comparison.json").exists():
+        comparison = load(run / "comparison.json")
+    else:
+        comparison = of_run(run)
+        save(comparison, run / "comparison.json")
+    path = write(comparison, run / "report.html")
+    typer.echo(json.dumps({"report": str(path)}) if as_json else f"report {path}")
+
+
+@contextmanager
+def progress(rounds: int, quiet: bool = False) -> Iterator[Callable[[str, int, dict[str, Any]], None]]:
+    """A progress bar over all rounds of all runs, on stderr; yields the listener that moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task("starting", total=rounds)
+
+        def listen(cell: str, seed: int, event: dict[str, Any]) -> None:
+            if event["event"] == "round":
+                bar.update(task, advance=1, description=f"{cell}, seed {seed}")
+            elif event["event"] == "rejected":
+                bar.console.print(f"rejected {event['site']} in round {event['round']}: {event['detail']}")
+
+        yield listen
+
+
+def _leave(comparison: Comparison, folder: Path, as_json: bool) -> None:
+    """Write comparison and report, show the table."""
+    from rich.console import Console
+
+    from simulations import report, results
+    from simulations.statistics import verdicts
+
+    results.save(comparison, folder / "comparison.json")
+    page = report.write(comparison, folder / "report.html")
+    if as_json:
+        typer.echo(comparison.model_dump_json())
+        return
+    console = Console()
+    for table in report.tables(comparison, console.width):
+        console.print(table)
+    for line in verdicts(comparison):
+        console.print(line)
+    typer.echo(f"report {page}")
+
+
+def _folder(out: Path | None, name: str) -> Path:
+    from shared_models.errors import ConfigError
+
+    path = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if path.exists() and any(path.iterdir()):
+        raise ConfigError(f"the folder {path} is not empty", hint="Name another one with --out")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _command() -> str:
+    """The command line as it can be typed again."""
+    return shlex.join(["fedzoo", *sys.argv[1:]])

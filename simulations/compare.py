@@ -1,0 +1,255 @@
+"""One command, every paradigm: same data, same split, same seeds, same budget."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from client.readers.base import Store, readers
+from client.workbench import Benches
+from server.coordinator import Totals
+from shared_models.errors import ConfigError, FedzooError
+from shared_models.job import Job
+from shared_models.spec import build_model
+from shared_models.tasks.base import tasks
+from simulations.paradigms import Result, Setting, paradigms
+from simulations.partition import SitePopulation, make_partition
+from simulations.results import Budget, Cell, Comparison, Partition, Place, Time
+
+PLACES: tuple[Place, ...] = ("centralized", "federated", "isolated")
+TIMES: tuple[Time, ...] = ("offline", "continual")
+
+Listen = Callable[[str, int, dict[str, Any]], None]
+"""(cell name, seed, event) for every event of every run."""
+
+
+def read_pool(job: Job, base: Path) -> Store:
+    """All examples of a simulated federation.
+
+    Args:
+        job: its `[simulation]` names reader and root.
+        base: the folder that a relative root starts from.
+
+    Raises:
+        ConfigError: an environment variable of the root is not set.
+        DataError: the data cannot be read.
+    """
+    import os
+    import re
+
+    root = job.simulation.root
+    for name in re.findall(r"\$\{?(\w+)\}?", root):
+        if name not in os.environ:
+            raise ConfigError(
+                f"simulation.root = '{root}' needs the environment variable {name}, which is not set",
+                hint=f"export {name}=<folder>",
+            )
+    path = base / os.path.expandvars(root)
+    return readers[job.simulation.reader]().read(path, job.data, job.task.labels, {})
+
+
+def variant(job: Job, place: Place, time: Time, seed: int) -> Job:
+    """The job of one cell. A single site aggregates nothing, so every method is plain local training there."""
+    changes: dict[str, Any] = {"place": place, "time": time, "seed": seed}
+    if place != "federated":
+        changes |= {"method": {"name": "fedavg"}, "federation": {"min_sites": 1}}  # each run has a single site
+    return job.replace(**changes)
+
+
+def compare(
+    job: Job,
+    sites: SitePopulation,
+    *,
+    places: Sequence[Place] = PLACES,
+    times: Sequence[Time] = ("offline",),
+    seeds: Sequence[int] = (0, 1, 2),
+    folder: Path | None = None,
+    command: str = "",
+    title: str = "",
+    demo: bool = False,
+    listen: Listen | None = None,
+) -> Comparison:
+    """Run every cell with every seed. A cell that fails is reported as failed, the others go on.
+
+    Args:
+        job: place, time and seed of it are replaced by the cells'.
+        sites: the one split that all cells share.
+        places: of learning.
+        times: of learning.
+        seeds: of initialisation and order.
+        folder: receives one sub-folder for each run; None keeps nothing.
+        command: how to repeat it, for the report.
+        title: of the report.
+        demo: whether the report says that it is a demonstration.
+        listen: hears every event.
+    """
+    benches = Benches()
+    cells, failed_all = [], []
+    fingerprint = ""
+    for time in times:
+        for place in places:
+            name = f"{place}, {time}"
+            results: list[Result] = []
+            error = None
+            for seed in seeds:
+                try:
+                    setting = Setting(
+                        variant(job, place, time, seed),
+                        sites,
+                        benches,
+                        run=f"{place}-{time}-{seed}",
+                        folder=folder / f"{place}-{time}-{seed}" if folder else None,
+                        listener=(lambda e, n=name, s=seed: listen(n, s, e)) if listen else None,  # type: ignore[misc]
+                    )
+                    results.append(paradigms[place](setting))
+                except FedzooError as problem:
+                    error = str(problem)
+                    failed_all.append(problem)
+                    break
+            cells.append(_cell(place, time, results, error))
+            fingerprint = fingerprint or (results[0].fingerprint if results and place == "federated" else "")
+    if len(failed_all) == len(cells):
+        raise failed_all[0]
+    return Comparison(
+        title=title or f"{job.name}: paradigms compared",
+        created=datetime.now(UTC).replace(microsecond=0),
+        version=product_version(),
+        command=command,
+        job=job.model_dump(mode="json"),
+        job_hash=job.hash,
+        fingerprint=fingerprint or build_model(job)[1].fingerprint,
+        demo=demo,
+        partition=Partition(kind=sites.partition.kind, hash=sites.partition.hash, sites=_named_counts(job, sites)),
+        environment=environment(),
+        seeds=list(seeds),
+        metric=tasks[job.task.name].headline,
+        sites=list(sites.names),
+        labels=list(job.task.labels),
+        cells=cells,
+    )
+
+
+def run_one(job: Job, sites: SitePopulation, folder: Path, command: str, listen: Listen | None = None) -> Comparison:
+    """One job as it stands, its traces in `folder` itself: the comparison of a single cell with itself."""
+    name = f"{job.place}, {job.time}"
+    listener = (lambda event: listen(name, job.seed, event)) if listen else None
+    setting = Setting(job, sites, Benches(), run=folder.name, folder=folder, listener=listener)
+    result = paradigms[job.place](setting)
+    return Comparison(
+        title=job.name,
+        created=datetime.now(UTC).replace(microsecond=0),
+        version=product_version(),
+        command=command,
+        job=job.model_dump(mode="json"),
+        job_hash=job.hash,
+        fingerprint=result.fingerprint,
+        partition=Partition(kind=sites.partition.kind, hash=sites.partition.hash, sites=_named_counts(job, sites)),
+        environment=environment(),
+        seeds=[job.seed],
+        metric=tasks[job.task.name].headline,
+        sites=list(sites.names),
+        labels=list(job.task.labels),
+        cells=[_cell(job.place, job.time, [result], None)],
+    )
+
+
+def load_sites(job: Job, base: Path) -> SitePopulation:
+    """The simulated sites of a job."""
+    store = read_pool(job, base)
+    return SitePopulation(store, make_partition(store, job.simulation))
+
+
+def product_version() -> str:
+    """Of the installed distribution."""
+    try:
+        return version("fedzoo")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def environment() -> dict[str, str]:
+    """What the figures were measured on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "cpu": _cpu_name(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
+
+
+def _cell(place: Place, time: Time, results: Sequence[Result], error: str | None) -> Cell:
+    if error is not None:
+        return Cell(place=place, time=time, error=error)
+    first = results[0]
+    totals: Totals = first.totals
+    counted = {k: v for k, v in asdict(totals).items() if k not in ("seconds", "rejections")}
+    matrices = [[list(row) for row in r.matrix] for r in results if r.matrix]
+    return Cell(
+        place=place,
+        time=time,
+        all_sites=[r.all_sites for r in results],
+        own_site=[r.own_site for r in results],
+        per_site={site: [r.per_site[site] for r in results] for site in first.per_site},
+        per_site_all={site: [r.per_site_all[site] for r in results] for site in first.per_site_all},
+        curves=[[_plain(row) for row in r.curve] for r in results],
+        matrix=matrices or None,
+        budget=Budget(**counted),
+        seconds=[r.totals.seconds for r in results],
+        rejections=sum(r.totals.rejections for r in results),
+    )
+
+
+def _plain(row: Mapping[str, float]) -> dict[str, float | None]:
+    return {k: None if math.isnan(v) else v for k, v in row.items()}
+
+
+def _named_counts(job: Job, sites: SitePopulation) -> dict[str, dict[str, dict[str, int]]]:
+    labels = job.task.labels
+    return {
+        site: {part: {labels[int(c)]: n for c, n in counts.items()} for part, counts in parts.items()}
+        for site, parts in sites.counts().items()
+    }
+
+
+def as_places(text: str) -> list[Place]:
+    """`federated,isolated` -> places; raises ConfigError."""
+    return cast(list[Place], _choices(text, PLACES, "place"))
+
+
+def as_times(text: str) -> list[Time]:
+    """`offline,continual` -> times; raises ConfigError."""
+    return cast(list[Time], _choices(text, TIMES, "time"))
+
+
+def _choices(text: str, known: Sequence[str], what: str) -> list[str]:
+    from shared_models.registry import nearest
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown {what} '{name}'", hint=nearest(name, list(known)))
+    return list(dict.fromkeys(names)) or list(known)
+
+
+def count_rounds(job: Job, sites: SitePopulation, places: Sequence[Place], times: Sequence[Time], seeds: int) -> int:
+    """Rounds that `compare` will make: an isolated cell makes its own at every site."""
+    runs = sum(len(sites.names) if place == "isolated" else 1 for place in places)
+    return job.federation.rounds * runs * len(times) * seeds

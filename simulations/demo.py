@@ -1,0 +1,199 @@
+"""`fedzoo demo`: the whole promise in small, with real processes on loopback.
+
+A server with its own certificate authority, three hospitals that enroll with invites and keep their images, one job that
+each of them approved, watched to its end; then the same budget centralized, isolated and continual in the simulator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from client.readers.base import PARTS
+from server.run_cli import describe, follow
+from server.runs import RunFolder
+from shared_models.errors import ConfigError, DeploymentError
+from shared_models.job import Job
+from shared_models.process import Child, free_port
+from simulations import report, results
+from simulations.cli import progress
+from simulations.compare import compare, count_rounds, load_sites
+from simulations.partition import SitePopulation
+from simulations.results import Place, Time
+from simulations.statistics import verdicts
+
+MARK = ".fedzoo-demo"
+SEEDS = (0, 1, 2)
+PLACES: tuple[Place, ...] = ("centralized", "federated", "isolated")
+TIMES: tuple[Time, ...] = ("offline", "continual")
+START_SECONDS = 90.0
+PORTS = ("fleet", "control", "enroll", "member")
+
+
+def run(folder: Path) -> None:
+    """Run the whole demonstration below `folder`, which is made anew.
+
+    Raises:
+        ConfigError: the folder holds something else.
+        FedzooError: a step failed; every process is stopped.
+    """
+    console = Console()
+    _make_folder(folder)
+    job = Job.resolve(_job_settings(), where="the demo's job")
+    (folder / "job.toml").write_text(job.to_toml(), encoding="utf-8")
+    sites = load_sites(job, folder)
+    started = time.monotonic()
+    with contextlib.ExitStack() as children, _terminate_as_interrupt():
+        console.rule("1  A federation of three hospitals, real processes, TLS")
+        for site, rows in write_hospitals(sites, folder / "hospitals").items():
+            console.print(f"{site}: {rows} images below {folder / 'hospitals' / site}, which only its own node reads")
+        server = _start_server(folder, children)
+        console.print(f"server up: own certificate authority, TLS, node authentication ({folder / 'server'})")
+        _start_nodes(folder, sites.names, job, children)
+        console.print(f"{len(sites.names)} nodes enrolled by invite; each approved the one job {job.hash[:16]}…")
+        submitted = _fedzoo_json("run", "submit", str(folder / "job.toml"), "--dir", str(server), "--json")
+        run_folder = RunFolder(Path(submitted["folder"]))
+        _watch(run_folder, job, console)
+    console.print(f"every process is stopped; {time.monotonic() - started:.0f} s so far")
+    console.rule("2  The same budget in the simulator: who holds the data, and when")
+    console.print("A centralized baseline exists only because this is a demo: here one machine holds all three folders.")
+    with progress(count_rounds(job, sites, PLACES, TIMES, len(SEEDS))) as listen:
+        comparison = compare(
+            job,
+            sites,
+            places=PLACES,
+            times=TIMES,
+            seeds=SEEDS,
+            folder=folder / "comparison",
+            command="fedzoo demo",
+            title="Three hospitals, handwritten digits, a tiny ViT",
+            demo=True,
+            listen=listen,
+        )
+    results.save(comparison, folder / "comparison.json")
+    page = report.write(comparison, folder / "report.html")
+    for table in report.tables(comparison, console.width):
+        console.print(table)
+    for line in verdicts(comparison):
+        console.print(f"- {line}")
+    real = _sha256(run_folder.path / "model.safetensors")
+    simulated = _sha256(folder / "comparison" / f"federated-offline-{job.seed}" / "model.safetensors")
+    same = "the same bits as" if real == simulated else "NOT the bits of"
+    console.print(f"The model of the real federation is {same} the simulated one with seed {job.seed}: {real[:16]}…")
+    console.print(f"report {page}  ({time.monotonic() - started:.0f} s in all)")
+
+
+def _job_settings() -> dict[str, object]:
+    """The demo's own job, as it lies in the package."""
+    import tomllib
+
+    return tomllib.loads((files("simulations") / "demo.toml").read_text(encoding="utf-8"))
+
+
+def write_hospitals(sites: SitePopulation, root: Path) -> dict[str, int]:
+    """Write each site's examples as `<site>/<part>/<class>/<name>.png`; returns site -> number of images."""
+    counts = {}
+    for site in sites.names:
+        splits = sites.splits(site)
+        for part in PARTS:
+            examples = getattr(splits, part)
+            for row, label in zip(examples.rows.tolist(), examples.labels.tolist(), strict=True):
+                path = root / site / part / str(label) / sites.store.names[row]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(sites.store.images[row, 0].numpy()).save(path)
+        counts[site] = sum(len(getattr(splits, part)) for part in PARTS)
+    return counts
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARK).exists():
+            raise ConfigError(f"{folder} is not empty and not a demo's", hint="Name another folder with --dir")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+
+
+def _start_server(folder: Path, children: contextlib.ExitStack) -> Path:
+    server = folder / "server"
+    ports = [word for name in PORTS for word in (f"--{name}-port", str(free_port()))]
+    _fedzoo("server", "init", "--dir", str(server), *ports)
+    child = Child("server", _command("server", "start", "--dir", str(server)), folder / "server.log")
+    children.callback(child.stop)
+    _wait(child, lambda: "ready:" in child.tail(), "the server did not start")
+    return server
+
+
+def _start_nodes(folder: Path, names: Sequence[str], job: Job, children: contextlib.ExitStack) -> None:
+    server = str(folder / "server")
+    for site in names:
+        node, data = folder / "nodes" / site, folder / "hospitals" / site
+        invite = _fedzoo("server", "invite", site, "--dir", server).strip()
+        _fedzoo("client", "enroll", invite, "--dir", str(node), "--data", str(data), "--format", "imagefolder")
+        command = _command("client", "start", "--dir", str(node), "--approve", job.hash)
+        children.callback(Child(site, command, folder / "nodes" / f"{site}.log").stop)
+
+
+def _watch(run_folder: RunFolder, job: Job, console: Console) -> None:
+    """Follow the run with a bar; raises RunError where it fails."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("federated training", total=job.federation.rounds)
+        for event in follow(run_folder):
+            if event["event"] == "round":
+                bar.update(task, completed=event["round"] + 1)
+            if line := describe(event):
+                bar.console.print(line)
+
+
+def _command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "fedzoo", *words]
+
+
+def _fedzoo(*words: str) -> str:
+    """Run one command of ours to its end; its one line of error becomes ours."""
+    done = subprocess.run(_command(*words), capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().removeprefix("error: ") or f"exit code {done.returncode}"
+        raise DeploymentError(f"`fedzoo {' '.join(words[:2])}` failed: {reason}")
+    return done.stdout
+
+
+def _fedzoo_json(*words: str) -> dict[str, str]:
+    found: dict[str, str] = json.loads(_fedzoo(*words))
+    return found
+
+
+def _wait(child: Child, ready: object, what: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not ready():  # type: ignore[operator]
+        if child.exit_code() is not None or time.monotonic() > deadline:
+            raise DeploymentError(f"{what}: {child.tail()}", hint=f"Its log is {child.log}")
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM stops the processes just as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
