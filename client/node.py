@@ -18,7 +18,7 @@ from client import status
 from client.config import NodeFolder, load
 from client.pace import Pace
 from client.status import State, Status
-from client.verdict import REVOKED, UNREACHABLE, Verdict, of_exit, of_line
+from client.verdict import REVOKED, UNREACHABLE, WORKER_READY, WORKER_SENDING, Verdict, of_exit, of_line
 from shared_models.errors import ConfigError, DeploymentError, EnrollmentError, FedzooError
 from shared_models.files import private_folder, write_whole
 from shared_models.process import Child, flower_environment, free_port, require_free_port
@@ -27,8 +27,6 @@ LOOPBACK = "127.0.0.1"
 TICK_SECONDS = 0.2
 STABLE_SECONDS = 30.0
 ASK_SECONDS = 5.0
-# What `client/worker.py` prints; importing it here would load Flower into a process that only watches.
-WORKER_READY, WORKER_SENDING = "worker ready", "sending a reply"
 _RANK: dict[State, int] = {"refused": 0, "waiting": 1, "starting": 2, "online": 3, "stopped": 4}
 
 

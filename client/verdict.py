@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from client.status import State
 
+WORKER_READY, WORKER_SENDING = "worker ready", "sending a reply"  # what our worker prints
 LOCKOUT_SECONDS = 75.0  # Flower counts a node that vanished as online for at most 60 s
 REFUSED_PAUSE = 20.0
 LOCKED_OUT_PAUSE = 5.0

@@ -46,11 +46,10 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from client.pace import Pace
+from client.verdict import WORKER_READY, WORKER_SENDING
 from shared_models.errors import FedzooError
 
 App = Callable[[Message, Context], Message]
-READY = "worker ready"
-SENDING = "sending a reply"
 FAILURE = "the app of this node failed; its log has the reason"
 HEARTBEAT_SECONDS = 10.0  # SuperNode gives a task up after 60 s of silence
 OBJECT_BACKOFF_SECONDS = 0.05
@@ -77,7 +76,7 @@ def serve(
     """
     idle, away = Pace(0.1, 0.5, growth=1.02), Pace(0.5, 5.0)
     reachable = True
-    on_event(READY)
+    on_event(WORKER_READY)
     with closing(_acquirer(address, secret)) as supernode:
         while not stop.is_set():
             try:
@@ -118,7 +117,7 @@ def _perform(task: RuntimeHttpClient, app: App, on_event: Callable[[str], None])
         if heartbeat.refused.is_set():
             on_event("the SuperNode has given this task up; its reply is dropped")
             return
-        on_event(SENDING)
+        on_event(WORKER_SENDING)
         try:
             push_message(task, reply, context)
             push_task_output(task, context, status, text)

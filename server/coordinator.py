@@ -126,7 +126,7 @@ class Coordinator:
         self.executor.admit(self._probe, part.min_sites, part.wait)
         for round in range(self.progress.round, part.rounds):
             started = time.perf_counter()
-            self._round(round)
+            self.train_round(round)
             task = task_of(self.job, round)
             if len(self.job.tasks) > 1 and task_of(self.job, round + 1) != task:
                 self._end_task(task, round)
@@ -136,7 +136,8 @@ class Coordinator:
         return self._finish()
 
     # ---- one round ---------------------------------------------------------------------------------------------------
-    def _round(self, round: int) -> None:
+    def train_round(self, round: int) -> None:
+        """One round: select, dispatch, collect, check, accumulate, finish."""
         part, totals = self.job.federation, self.progress.totals
         budget = self.budget(round)
         if budget is None:
@@ -211,9 +212,10 @@ class Coordinator:
 
     def _measure(self, round: int, replies: Iterable[Contribution]) -> None:
         """Validation of the model that this round started from, over the sites that answered."""
-        values = self.task.values(_merge(replies, "validation"))
+        sums = _merge(replies, "validation")
+        values = self.task.values(sums) if sums else {}
         self.progress.curve.append({"round": round, **{k: round_to(v) for k, v in values.items()}})
-        if self.job.federation.select == "best":
+        if values and self.job.federation.select == "best":
             score = values[self.task.headline]
             if self.progress.best is None or score > self.progress.best[0]:
                 self.progress.best, self.best_model = (score, round), self.state["model"]

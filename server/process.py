@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +19,7 @@ from server.config import ServerFolder, load
 from server.enrollment import start_services
 from server.flower_control import FlowerControl
 from server.nodes import Roster
+from server.runs import renew_leases
 from server.superlink import SuperLink
 from shared_models.errors import DeploymentError
 from shared_models.process import require_free_port
@@ -55,9 +56,15 @@ def serve(server_dir: Path, on_ready: Callable[[], None] = lambda: None) -> None
         reconcile(roster, control)
         for service in start_services(authority, roster, control, config):
             running.callback(_stop_service, service)
+        resume(folder, control)
         on_ready()
+        lost = False
         while not stop.wait(POLL_SECONDS):
-            superlink.supervise()
+            lost = superlink.supervise() or lost
+            if lost:
+                with suppress(DeploymentError):  # it is not up yet; the next turn tries again
+                    resume(folder, control)
+                    lost = False
 
 
 def reconcile(roster: Roster, control: FlowerControl) -> None:
@@ -74,6 +81,18 @@ def reconcile(roster: Roster, control: FlowerControl) -> None:
             continue
         if node_id != node.node_id:
             roster.set_node_id(node.serial, node_id)
+
+
+def resume(folder: ServerFolder, control: FlowerControl) -> None:
+    """After a start of SuperLink: end the Flower runs of the one before, whose processes are gone, and lease anew.
+
+    Left alone, Flower would take minutes to notice.
+    """
+    for run, state in control.runs().items():
+        if not state.startswith("finished"):
+            control.stop_run(run)
+    for line in renew_leases(folder.runs, control, folder.root):
+        log.info(line)
 
 
 @contextmanager

@@ -66,8 +66,8 @@ class SuperLink:
                 raise DeploymentError(f"SuperLink {state}. The end of {child.log}:\n{tail}")
             time.sleep(0.1)
 
-    def supervise(self) -> None:
-        """Start SuperLink again, with growing pauses, where it has ended."""
+    def supervise(self) -> bool:
+        """Start SuperLink again, with growing pauses, where it has ended; True when it was started just now."""
         now = time.monotonic()
         if self._child is not None and (code := self._child.exit_code()) is not None:
             self._wait = FIRST_WAIT if now - self._started > STABLE_SECONDS else min(2 * self._wait, LONGEST_WAIT)
@@ -79,8 +79,10 @@ class SuperLink:
             )
             self.stop()
             self._retry_at = now + self._wait
-        if self._retry_at is not None and now >= self._retry_at:
-            self._spawn()
+        if self._retry_at is None or now < self._retry_at:
+            return False
+        self._spawn()
+        return True
 
     def healthy(self) -> bool:
         """Whether it answers its health check."""

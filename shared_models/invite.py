@@ -40,7 +40,7 @@ REFUSALS = {
 
 def refusal(code: str) -> EnrollmentError:
     """The error for one of the `REFUSALS`, by its code."""
-    return EnrollmentError(f"enrollment refused: {REFUSALS[code]}", code=code)
+    return EnrollmentError(f"refused: {REFUSALS[code]}", code=code)
 
 
 @dataclass(frozen=True)

@@ -219,12 +219,14 @@ class Job(Part):
     def replace(self, **changes: Any) -> Job:
         """A resolved copy; `part={"key": value}` changes keys of that part, `key=value` a top-level key.
 
-        A change that names another model or method replaces that part whole: its old settings mean nothing there.
+        A change that names another model, size or method replaces that part whole: its old settings mean nothing there.
         """
         data = self.model_dump()
         for name, change in changes.items():
-            if isinstance(change, dict) and change.get("name", data[name].get("name")) == data[name].get("name"):
-                change = {**data[name], **change}
+            if isinstance(change, dict):
+                before = data[name]
+                other = any(k in change and change[k] != before.get(k) for k in ("name", "size"))
+                change = {**({"name": before["name"]} if other else before), **change}
             data[name] = change
         return Job.resolve(data)
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import pytest
 import client
 from client import status
 from client.config import ClientConfig, NodeFolder, save
+from client.node import _Node
 from client.node import run as run_node
 from client.status import Status
 from server.authority import Authority
@@ -183,6 +185,57 @@ def test_a_revoked_node_says_so_and_stays(flower_server, node, wait_for):
     wait_for(lambda: node.state() == "refused", 120, "the refusal")
     assert "refused: the server does not accept this node's key" in node.events
     assert node.process.poll() is None
+
+
+def test_a_worker_that_dies_while_it_sends_takes_the_supernode_with_it(tmp_path, monkeypatch, wait_for):
+    """Half a reply would block a SuperNode for ever. Stand-ins for both programs: no Flower here."""
+    node = NodeFolder(tmp_path)
+    addresses = dict.fromkeys(("fleet", "enrollment", "membership"), "localhost:1")
+    data = {"folder": str(tmp_path), "format": "imagefolder"}
+    save(tmp_path, ClientConfig.model_validate({"site": "a", "server": addresses, "data": data}))
+    supernode = "import time; print('SuperNode ID: 5', flush=True); time.sleep(60)"
+    last = ["error: bad settings", "sending a reply"]
+
+    def worker(_self) -> list[str]:
+        end = f"time.sleep(0.5); print({last.pop()!r}, flush=True); os._exit(1)" if last else "time.sleep(60)"
+        return [sys.executable, "-c", f"import os, time; print('worker ready', flush=True); {end}"]
+
+    monkeypatch.setattr(_Node, "_supernode_command", lambda _: [sys.executable, "-c", supernode])
+    monkeypatch.setattr(_Node, "_worker_command", worker)
+    events: list[str] = []
+    running = _Node(node, (), False, events.append)
+    pids: list[int] = []
+
+    def settled() -> bool:
+        running.tick()
+        child = running.supernode.child
+        if child is not None and child.pid not in pids:
+            pids.append(child.pid)
+        return running.worker.restarts == 2 and status.read(tmp_path).restarts == 3 and "online" in events[-1]
+
+    try:
+        with status.only_process(tmp_path):
+            wait_for(settled, 20, "the third worker is at rest")
+    finally:
+        running.stop()
+    assert len(pids) == 2  # it was started anew once: for the reply, not for the error
+    assert "waiting: the worker has ended error: bad settings; starting it again" in events
+    assert events[-1] == "stopped: it was told to stop"
+
+
+def test_a_taken_port_is_left_to_its_owner(tmp_path):
+    addresses = dict.fromkeys(("fleet", "enrollment", "membership"), "localhost:1")
+    data = {"folder": str(tmp_path), "format": "imagefolder"}
+    save(tmp_path, ClientConfig.model_validate({"site": "a", "server": addresses, "data": data}))
+    node = _Node(NodeFolder(tmp_path), (), False, lambda _: None)
+    first = node.port
+    assert str(first) in node._supernode_command()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", first))
+        other.listen()
+        assert str(first) not in node._supernode_command()
+    assert f"127.0.0.1:{node.port}" in node._worker_command()
+    assert node.port != first
 
 
 def test_the_folder_must_be_an_enrolled_nodes(tmp_path):

@@ -196,11 +196,19 @@ def test_superlink_comes_back_after_a_kill_and_the_server_stops_whole(
     try:
         (tmp_path / "data").mkdir()
         enroll(fedzoo("invite", "a", "--dir", str(folder.root)).strip(), tmp_path / "node", tmp_path / "data", "digits")
+        run = folder.runs / "interrupted"
+        run.mkdir()
+        (run / "job.toml").write_text("name = ")  # so the ServerApp of its next lease fails it at once
+        (run / "status.json").write_text('{"state": "running", "lease": 5, "leases": 1}')
         (superlink,) = processes("flower-superlink", str(folder.flower))
         os.kill(superlink, signal.SIGKILL)
         assert eventually(lambda: not running(folder), 10)
         assert eventually(lambda: running(folder))
         assert sites(folder) == {"a": "offline"}
+        assert eventually(lambda: json.loads((run / "status.json").read_text())["state"] == "failed")
+        status = json.loads((run / "status.json").read_text())
+        assert status["leases"] == 2
+        assert "not valid TOML" in status["reason"]
         assert "SuperLink ended with code -9" in (folder.logs / "server.log").read_text()
         with pytest.raises(DeploymentError, match="is running already"):
             serve(folder.root)
@@ -223,13 +231,15 @@ def test_a_killed_server_leaves_nothing_that_the_next_start_does_not_end(
     monkeypatch.setattr(flower_control, "_APP", flower_control._APP.replace("server.flower_app:app", "stand_in:app"))
     try:
         with FlowerControl(load(folder.root).control, folder.pki / "ca.crt") as control:
-            control.start_run({"run": "endless", "server-dir": str(tmp_path)})
+            run = control.start_run({"run": "endless", "server-dir": str(tmp_path)})
             assert eventually((tmp_path / "started").exists)
         (app,) = processes("flwr-serverapp", str(folder.root))
         os.kill(child.pid, signal.SIGKILL)
         assert eventually(lambda: child.exit_code() is not None, 10)
         child = start(folder.root, tmp_path)
         assert app not in processes("flwr-serverapp", str(folder.root))
+        with FlowerControl(load(folder.root).control, folder.pki / "ca.crt") as control:
+            assert control.runs()[run] == "finished:stopped"
     finally:
         child.stop(20)
     assert processes(str(folder.root)) == []

@@ -241,7 +241,11 @@ def test_a_token_is_not_spent_when_flower_fails(server: Server, tmp_path: Path, 
 
 
 def test_a_node_that_cannot_be_entered_is_unregistered(
-    server: Server, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    tmp_path: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def full(*_: object) -> None:
         raise OSError("disk full: CANARY")
@@ -250,6 +254,8 @@ def test_a_node_that_cannot_be_entered_is_unregistered(
         patch.setattr("server.nodes.Redemption.enroll", full)
         refused(invite := server.invite(), tmp_path, "internal", "invite stays valid")
     assert server.flower.keys == {}
+    assert "enrollment failed: OSError" in caplog.text
+    assert "CANARY" not in caplog.text
     enroll(invite, tmp_path / "node", data, "imagefolder")
 
 

@@ -220,7 +220,7 @@ def test_training_lowers_the_loss(name: str, keys: dict[str, Any], shape: tuple[
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
 
 
