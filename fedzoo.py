@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command; every error a user can cause ends in one line and a non-zero exit."""
     words = sys.argv[1:] if argv is None else argv
     debug = "--debug" in words
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a refused handshake is said once, by us
     require_one_place()
     from shared_models.errors import FedzooError
 

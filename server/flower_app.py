@@ -14,7 +14,7 @@ from server.coordinator import Coordinator
 from server.events import Events
 from server.flower_executor import FlowerExecutor
 from server.nodes import Roster
-from server.runs import ACTIVE, find_run
+from server.runs import ACTIVE, RunFolder, find_run
 from shared_models.errors import FedzooError
 from shared_models.files import write_whole
 
@@ -27,9 +27,15 @@ def main(grid: Grid, context: Context) -> None:
     """Run, or carry on, the run named in the Flower run's configuration."""
     server = ServerFolder(Path(str(context.run_config["server-dir"])))
     run = find_run(server.runs, str(context.run_config["run"]))
-    if run.status().state not in ACTIVE:
-        return
-    run.write(state="running")
+    with run.carried():
+        if run.status().state not in (*ACTIVE, "created"):
+            return
+        run.write(state="running")
+        _carry(run, server, grid)
+
+
+def _carry(run: RunFolder, server: ServerFolder, grid: Grid) -> None:
+    """The round loop, to its end or to the error that stops it."""
     events = Events(run.path / "events.jsonl")
     try:
         job = run.job()

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from shared_models.errors import DeploymentError
 from shared_models.process import require_free_port
 
 POLL_SECONDS = 0.2
+RENEW_SECONDS = 3.0
 log = logging.getLogger("fedzoo.server")
 
 
@@ -58,13 +60,16 @@ def serve(server_dir: Path, on_ready: Callable[[], None] = lambda: None) -> None
             running.callback(_stop_service, service)
         resume(folder, control)
         on_ready()
-        lost = False
+        lost, due = False, 0.0
         while not stop.wait(POLL_SECONDS):
             lost = superlink.supervise() or lost
-            if lost:
-                with suppress(DeploymentError):  # it is not up yet; the next turn tries again
+            with suppress(DeploymentError):  # SuperLink is not up yet; the next turn tries again
+                if lost:
                     resume(folder, control)
                     lost = False
+                elif time.monotonic() >= due:
+                    due = time.monotonic() + RENEW_SECONDS
+                    renew(folder, control)
 
 
 def reconcile(roster: Roster, control: FlowerControl) -> None:
@@ -91,6 +96,11 @@ def resume(folder: ServerFolder, control: FlowerControl) -> None:
     for run, state in control.runs().items():
         if not state.startswith("finished"):
             control.stop_run(run)
+    renew(folder, control)
+
+
+def renew(folder: ServerFolder, control: FlowerControl) -> None:
+    """Give every run whose process is gone a new lease."""
     for line in renew_leases(folder.runs, control, folder.root):
         log.info(line)
 

@@ -101,7 +101,7 @@ def resume(run: Run, dir: Dir = DEFAULT_DIR) -> None:
         raise RunError(f"run {folder.id} is {status.state}: there is nothing to resume")
     with _control(dir) as control:
         control.runs()
-        folder.write(state="submitted", reason="", leases=0)
+        folder.write(reason="", leases=0)
         lease(folder, control, dir)
     typer.echo(f"run {folder.id} goes on")
 
@@ -121,7 +121,7 @@ def follow(folder: RunFolder, poll: float = POLL) -> Iterator[dict[str, Any]]:
         status = folder.status()
         for event, offset in read_events(folder.path / "events.jsonl", offset):  # noqa: B020 - carries the place on
             yield event
-        if status.state not in ACTIVE:
+        if status.state not in (*ACTIVE, "created"):
             break
         time.sleep(poll)
     if status.state != "done":

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +29,7 @@ class Status:
     """Where a run stands.
 
     Attributes:
-        state: submitted, running, done, failed or stopped.
+        state: created (no lease yet), submitted, running, done, failed or stopped.
         reason: why it failed, in one line.
         lease: id of the Flower run that carries it now; nothing is named by it.
         leases: how many there were.
@@ -59,9 +62,25 @@ class RunFolder:
         """The last one written."""
         return Status(**json.loads((self.path / "status.json").read_text()))
 
+    @contextmanager
+    def carried(self) -> Iterator[None]:
+        """Hold the run while carrying it; waits for the process that does so now. The kernel lets go with the process."""
+        with (self.path / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def is_carried(self) -> bool:
+        """Whether a process carries the run at this moment."""
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
     def write(self, **changes: object) -> Status:
         """Change fields of the status, atomically."""
-        before = asdict(self.status()) if (self.path / "status.json").exists() else {"state": "submitted"}
+        before = asdict(self.status()) if (self.path / "status.json").exists() else {"state": "created"}
         status = Status(**{**before, **changes, "updated": time.time()})
         write_whole(self.path / "status.json", json.dumps(asdict(status)))
         return status
@@ -84,7 +103,7 @@ def create_run(runs: Path, job: Job) -> RunFolder:
         number += 1
     folder = RunFolder(private_folder(path))
     write_whole(path / "job.toml", job.to_toml())
-    folder.write(state="submitted")
+    folder.write(state="created")
     return folder
 
 
@@ -111,21 +130,26 @@ def list_runs(runs: Path) -> list[RunFolder]:
 def lease(folder: RunFolder, control: FlowerControl, server_dir: Path) -> Status:
     """Start a Flower run that carries on from the run's checkpoint."""
     flower_run = control.start_run({"run": folder.id, "server-dir": str(server_dir.resolve())})
-    return folder.write(lease=flower_run, leases=folder.status().leases + 1)
+    return folder.write(state="submitted", lease=flower_run, leases=folder.status().leases + 1)
 
 
 def renew_leases(runs: Path, control: FlowerControl, server_dir: Path) -> list[str]:
-    """Give a new lease to every unfinished run whose Flower run has ended; returns what was done, a line each.
+    """Give a new lease to every unfinished run whose process is gone; returns what was done, a line each.
 
-    A run that loses its lease five times is failed: something kills it.
+    A running run is lost when nobody holds its lock: Flower would need minutes to notice a killed ServerApp. One that
+    was submitted is lost when its Flower run has ended. A run that loses its lease five times is failed.
     """
     done = []
     active = [folder for folder in list_runs(runs) if folder.status().state in ACTIVE]
     flower = control.runs() if active else {}
     for folder in active:
         status = folder.status()
-        if status.state not in ACTIVE or not flower.get(status.lease, "finished:gone").startswith("finished"):
+        ended = flower.get(status.lease, "finished:gone").startswith("finished")
+        lost = not folder.is_carried() if status.state == "running" else ended
+        if not lost or folder.status() != status:  # it may have ended while we looked
             continue
+        if not ended:
+            control.stop_run(status.lease)
         if status.leases >= MAX_LEASES:
             folder.write(state="failed", reason=f"its process ended {MAX_LEASES} times; see the server's logs/")
             done.append(f"run {folder.id} failed: its process ended {MAX_LEASES} times")
@@ -142,7 +166,7 @@ def stop_run(folder: RunFolder, control: FlowerControl) -> None:
         RunError: it has ended already.
     """
     status = folder.status()
-    if status.state not in ACTIVE:
+    if status.state not in (*ACTIVE, "created"):
         raise RunError(f"run {folder.id} is {status.state} already")
     folder.write(state="stopped")
     if not control.runs().get(status.lease, "finished").startswith("finished"):

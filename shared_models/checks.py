@@ -11,11 +11,12 @@ from torch import Tensor
 from shared_models.errors import Rejected
 from shared_models.messages import OK, Contribution, Instruction
 from shared_models.sums import Groups
+from shared_models.tasks.base import make_task
 
-MAX_METRIC_VALUES = 1_000_000
 
-
-def check_contribution(contribution: Contribution, instruction: Instruction, expected: Groups, max_norm: float) -> float:
+def check_contribution(
+    contribution: Contribution, instruction: Instruction, expected: Groups, max_norm: float
+) -> float:
     """The L2 norm of the update, `||model_up - model_down||`, of a contribution that may be added.
 
     Args:
@@ -25,8 +26,9 @@ def check_contribution(contribution: Contribution, instruction: Instruction, exp
         max_norm: largest norm of the update.
 
     Raises:
-        Rejected: with one of the codes stale-round, wrong-kind, the contribution's own code, no-examples,
-            missing-entries, extra-entries, wrong-shape, wrong-dtype, not-finite, norm.
+        Rejected: with one of the codes stale-round, wrong-kind, metrics, the contribution's own code, no-examples,
+            missing-entries, extra-entries, wrong-shape, wrong-dtype, not-finite, norm. With a code of its own the
+            metric sums are sound nevertheless.
     """
     asked = (instruction.run, instruction.site, instruction.task, instruction.round)
     if (contribution.run, contribution.site, contribution.task, contribution.round) != asked:
@@ -37,9 +39,9 @@ def check_contribution(contribution: Contribution, instruction: Instruction, exp
         )
     if contribution.kind != instruction.kind:
         raise Rejected(f"a '{contribution.kind}' answer to a '{instruction.kind}' instruction", code="wrong-kind")
+    _check_metrics(contribution, instruction)
     if contribution.code != OK:
         raise Rejected(f"the site answered '{contribution.code}'", code=contribution.code)
-    _check_metrics(contribution)
     if instruction.kind != "train":
         return 0.0
     if contribution.examples <= 0:
@@ -64,13 +66,15 @@ def check_contribution(contribution: Contribution, instruction: Instruction, exp
 def _check_values(groups: Groups, sent: Groups, max_norm: float) -> float:
     update = 0.0
     for group, tensors in groups.items():
-        values = list(tensors.values())
+        values = tuple(tensors.values())
         if group == "model":
             start = sent["model"]
-            values = torch._foreach_sub(values, [start[name] for name in tensors])
+            values = torch._foreach_sub(values, tuple(start[name] for name in tensors))
         norm = _norm(values)
         if not math.isfinite(norm):
-            raise Rejected(f"'{group}/{_first_bad(tensors)}' is not finite", code="not-finite")
+            if bad := _first_bad(tensors):
+                raise Rejected(f"'{group}/{bad}' is not finite", code="not-finite")
+            raise Rejected(f"the norm of '{group}' is beyond float32", code="norm")
         if group == "model":
             update = norm
     if update > max_norm:
@@ -78,19 +82,30 @@ def _check_values(groups: Groups, sent: Groups, max_norm: float) -> float:
     return update
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _norm(tensors: tuple[Tensor, ...]) -> float:
     return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)).float())) if tensors else 0.0
 
 
 def _first_bad(tensors: Mapping[str, Tensor]) -> str:
-    return next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), next(iter(tensors)))
+    return next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), "")
 
 
-def _check_metrics(contribution: Contribution) -> None:
-    if sum(t.numel() for t in contribution.metrics.values()) > MAX_METRIC_VALUES:
-        raise Rejected("metric sums of absurd size", code="metrics")
-    if any(not bool(torch.isfinite(t).all()) for t in contribution.metrics.values()):
-        raise Rejected("metric sums are not finite", code="metrics")
+def _check_metrics(contribution: Contribution, instruction: Instruction) -> None:
+    """Each part and task that was asked for comes with all of its sums, or, without examples, with none."""
+    form = make_task(instruction.job).no_sums()
+    reported = {path.rpartition("/")[0] for path in contribution.metrics}
+    if unasked := sorted(reported - {f"{part}/{task}" for part, task in instruction.evaluate}):
+        raise Rejected(f"metric sums of '{unasked[0][:80]}' were not asked for", code="metrics")
+    if contribution.metrics.keys() != {f"{prefix}/{name}" for prefix in reported for name in form}:
+        raise Rejected(f"metric sums are not exactly {', '.join(form)}", code="metrics")
+    for path, value in contribution.metrics.items():
+        like = form[path.rpartition("/")[2]]
+        if value.shape != like.shape or value.dtype != like.dtype:
+            raise Rejected(
+                f"metric sum '{path}' has another shape or dtype than {like.dtype} {tuple(like.shape)}", code="metrics"
+            )
+    if bad := _first_bad(contribution.metrics):
+        raise Rejected(f"metric sum '{bad}' is not finite", code="metrics")
 
 
 def _same_names(given: set[str], expected: set[str], what: str) -> None:

@@ -75,5 +75,6 @@ def require_compatible(job: Job) -> None:
     for broken, reason in RULES:
         if broken(job):
             raise CompatibilityError(
-                f"job '{job.name}': " + reason.format(job=job, labels=len(job.task.labels)), hint="Change one of the two"
+                f"job '{job.name}': " + reason.format(job=job, labels=len(job.task.labels)),
+                hint="Change one of the two",
             )

@@ -49,7 +49,9 @@ def _package(name: str, wanted: str) -> Finding:
         found = version(name)
     except PackageNotFoundError:
         return Finding(name, False, "not installed")
-    return Finding(name, not wanted or found == wanted, found if found == wanted or not wanted else f"{found}, needs {wanted}")
+    return Finding(
+        name, not wanted or found == wanted, found if found == wanted or not wanted else f"{found}, needs {wanted}"
+    )
 
 
 def _vision() -> Finding:

@@ -79,7 +79,7 @@ class PolicyError(FedzooError):
     code = "not-approved"
 
 
-class Rejected(FedzooError):
+class Rejected(FedzooError):  # noqa: N818
     """A contribution that must not reach the sum; `code` says why."""
 
     code = "rejected"

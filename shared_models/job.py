@@ -12,6 +12,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,9 +28,9 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Part(BaseModel):
-    """One table of the job; an unknown key is an error."""
+    """One table of the job; an unknown key is an error, and so is a number that JSON cannot carry."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Choice(BaseModel):
@@ -208,7 +209,9 @@ class Job(Part):
         job = validate(Job, data, where)
         _, model = configure(job.model.name, job.model.keys)
         filled: dict[str, Any] = {"model": {"name": job.model.name, **model.model_dump()}}
-        validate(tasks[job.task.name].Settings, {"labels": job.task.labels, **job.task.keys}, f"{where}: [task]")
+        keys = {"labels": job.task.labels, **job.task.keys}
+        task = validate(tasks[job.task.name].Settings, keys, f"{where}: [task]")
+        filled["task"] = {"name": job.task.name, **task.model_dump()}
         for part, choice in (("method", job.method), ("continual", job.continual)):
             settings = validate(methods[choice.name].Settings, choice.keys, f"{where}: [{part}]")
             filled[part] = {"name": choice.name, **settings.model_dump()}
@@ -219,14 +222,16 @@ class Job(Part):
     def replace(self, **changes: Any) -> Job:
         """A resolved copy; `part={"key": value}` changes keys of that part, `key=value` a top-level key.
 
-        A change that names another model, size or method replaces that part whole: its old settings mean nothing there.
+        A change that names another model, size of the model or method replaces that part whole: its old settings mean
+        nothing there.
         """
         data = self.model_dump()
         for name, change in changes.items():
             if isinstance(change, dict):
-                before = data[name]
-                other = any(k in change and change[k] != before.get(k) for k in ("name", "size"))
-                change = {**({"name": before["name"]} if other else before), **change}
+                before = data.get(name, {})
+                kind = ("name", "size") if name == "model" else ("name",)
+                other = any(k in change and change[k] != before.get(k) for k in kind)
+                change = {**({"name": before.get("name")} if other else before), **change}
             data[name] = change
         return Job.resolve(data)
 
@@ -246,7 +251,7 @@ class Job(Part):
         classes = tuple(range(len(self.task.labels)))
         count = self.stream.tasks if self.time == "continual" else 1
         edges = [round(t * len(classes) / count) for t in range(count + 1)]
-        return tuple(classes[a:b] for a, b in zip(edges, edges[1:], strict=False))
+        return tuple(classes[a:b] for a, b in pairwise(edges))
 
     def to_toml(self) -> str:
         """The resolved job as a TOML file that loads to the same job."""
@@ -262,7 +267,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r} is not of the form table.key=value", hint="E.g. --set train.lr=0.1")
     try:
         value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # not TOML, or an integer of more digits than Python reads
         value = text.strip()
     table = data
     for name in keys[:-1]:

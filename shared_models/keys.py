@@ -21,7 +21,9 @@ def key(seed: int, purpose: str, *, site: str = "", task: int = 0, round: int = 
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def generator(seed: int, purpose: str, *, site: str = "", task: int = 0, round: int = 0, step: int = 0) -> torch.Generator:
+def generator(
+    seed: int, purpose: str, *, site: str = "", task: int = 0, round: int = 0, step: int = 0
+) -> torch.Generator:
     """A CPU torch generator seeded by the key."""
     source = torch.Generator()
     source.manual_seed(key(seed, purpose, site=site, task=task, round=round, step=step))

@@ -1,4 +1,4 @@
-"""The two values that cross between server and client, both frozen: an Instruction goes down, a Contribution comes up."""
+"""The two frozen values between server and client: an Instruction goes down, a Contribution comes up."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Registry(Generic[T]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
             importlib.import_module(f"{self.package}.{module.name}")
+        self._loaded = True  # only now: an import that failed is tried, and reported, again

@@ -10,7 +10,9 @@ The one table of rules, by nature and share:
 | either       | base     | no   | no       | from the keyed initialisation, never trained |
 | counter      | -        | no   | no       | reset                        |
 | constant     | -        | no   | no       | reset (covered by hash)      |
-| alias        | -        | no   | no       | restored with what it aliases |
+| alias        | as owner | no   | no       | restored with what it aliases |
+
+An entry that both kinds of pattern match is personal.
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ def build_model(job: Job) -> tuple[nn.Module, ModelSpec]:
     """The job's model with its keyed initialisation, and its spec. The same job gives the same values everywhere.
 
     Raises:
-        ConfigError: the model cannot be built for this shape, or a pattern of `[share]` matches nothing.
+        ConfigError: the model cannot be built for this shape, or `[share]` does not fit it (see `describe`).
     """
     declared, settings = configure(job.model.name, job.model.keys)
     task = make_task(job)
@@ -122,7 +124,12 @@ def build_model(job: Job) -> tuple[nn.Module, ModelSpec]:
 
 
 def describe(model: nn.Module, job: Job) -> ModelSpec:
-    """The spec of a model under a job's `[share]`."""
+    """The spec of a model under a job's `[share]`; base parameters stop requiring a gradient.
+
+    Raises:
+        ConfigError: a pattern matches nothing, takes one name of a tied tensor and leaves the other, or nothing is left
+            that is both trained and averaged.
+    """
     natures, aliases = _natures(model)
     shares = {k: _share(k, job) for k in natures}
     for pattern in (*job.share.personal, *job.share.base):
@@ -131,10 +138,16 @@ def describe(model: nn.Module, job: Job) -> ModelSpec:
                 f"[share] pattern '{pattern}' matches no entry of model '{job.model.name}'",
                 hint=f"Its entries are {', '.join(list(natures)[:6])}, ...",
             )
+    for name, owner in aliases.items():
+        if shares[name] != shares[owner]:
+            raise ConfigError(
+                f"[share] makes '{name}' {shares[name]} and '{owner}' {shares[owner]}, but they are one tensor",
+                hint="Let the patterns take both names or none",
+            )
     entries = []
     for name, value in model.state_dict().items():
         nature, share = natures[name], shares[name]
-        fixed = nature == "constant" or (share == "base" and nature == "parameter")
+        fixed = nature == "constant" or (share == "base" and nature in ("parameter", "running-stat"))
         entries.append(
             Entry(
                 key=name,
@@ -145,6 +158,11 @@ def describe(model: nn.Module, job: Job) -> ModelSpec:
                 digest=digest(value) if fixed else "",
                 alias_of=aliases.get(name, ""),
             )
+        )
+    if not any(e.sent and e.trains for e in entries):
+        raise ConfigError(
+            f"[share] leaves no entry of model '{job.model.name}' that is trained and averaged",
+            hint="Narrow its patterns; place = 'isolated' trains without averaging",
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(shares[name] != "base")
@@ -177,6 +195,11 @@ def first_difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, str, 
             if found := first_difference(ours[name], theirs[name], place):
                 return found
         return None
+    if isinstance(ours, list) and isinstance(theirs, list):
+        if len(ours) != len(theirs):
+            return path, f"{len(ours)} items", f"{len(theirs)} items"
+        places = (first_difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(ours, theirs, strict=True)))
+        return next((found for found in places if found), None)
     return None if ours == theirs else (path, repr(ours)[:80], repr(theirs)[:80])
 
 

@@ -7,6 +7,7 @@ exactly, and equal updates stay equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,12 +49,12 @@ class PairwiseMean:
         """Take one client's tensors; they are read now and copied where they must wait.
 
         Raises:
-            ValueError: the slot was used before, or a weight is not positive.
+            ValueError: the slot was used before, or a weight is not positive and finite.
         """
         if not self._names:
             self._names = {group: list(tensors) for group, tensors in groups.items()}
-        if any(weights[group] <= 0 for group in groups):
-            raise ValueError(f"slot {slot}: a weight must be positive")
+        if not all(0 < weights[group] < math.inf for group in groups):
+            raise ValueError(f"slot {slot}: a weight must be positive and finite")
         tensors = {group: [groups[group][name] for name in names] for group, names in self._names.items()}
         self._insert(slot, _Node({group: float(weights[group]) for group in groups}, tensors))
 

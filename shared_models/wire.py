@@ -1,8 +1,10 @@
 """Instructions and contributions as bytes: a JSON manifest and one blob of raw tensor bytes. No pickle, ever.
 
 The manifest names every tensor with group, name, dtype, shape and place in the blob, and the blob by its SHA-256, so a
-blob may later travel apart from its manifest. float16, bfloat16, every integer, bool and zero-dimensional tensors keep
-their type. Whatever is malformed raises `Rejected("malformed")` and nothing else.
+blob may later travel apart from its manifest. Tensors fill the blob in the order of the manifest, without gap or
+overlap, so decoding never takes more memory than the blob. float16, bfloat16, every integer, bool and zero-dimensional
+tensors keep their type; a group without tensors does not travel. Whatever is malformed raises `Rejected("malformed")`
+and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,7 +33,11 @@ DTYPES = {
     )
 }  # fmt: skip
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # runs and sites name folders on a node: no separator, no leading dot
+LIMIT = 2**53  # numbers below it are exact in float64 and in every JSON reader
+MAX_DIMS = 64  # of a tensor, torch's own limit
 _METRICS = "metrics"  # metrics travel as one more group, which no method may use as a name
+
+Count = Annotated[int, Field(ge=0, lt=LIMIT)]
 
 
 class _Strict(BaseModel):
@@ -42,12 +48,12 @@ class _Tensor(_Strict):
     group: str
     name: str
     dtype: str
-    shape: tuple[int, ...]
-    offset: int = Field(ge=0)
+    shape: Annotated[tuple[Count, ...], Field(max_length=MAX_DIMS)]
+    offset: Count
 
 
 class _Blob(_Strict):
-    size: int = Field(ge=0)
+    size: Count
     sha256: str
 
 
@@ -56,8 +62,8 @@ class _Head(_Strict):
     kind: Kind
     run: str = Field(pattern=NAME)
     site: str = Field(pattern=NAME)
-    task: int = Field(ge=0)
-    round: int = Field(ge=0)
+    task: Count
+    round: Count
     tensors: tuple[_Tensor, ...]
     blob: _Blob
     document: dict[str, Any]
@@ -66,17 +72,17 @@ class _Head(_Strict):
 class _Down(_Head):
     job: dict[str, Any]
     fingerprint: str
-    rounds: int
-    epochs: float | None
-    steps: int | None
-    evaluate: tuple[tuple[Part, int], ...]
+    rounds: Annotated[Count, Field(gt=0)]
+    epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    steps: Count | None
+    evaluate: tuple[tuple[Part, Count], ...]
 
 
 class _Up(_Head):
     code: str = Field(pattern=r"^[a-z0-9-]{1,40}$")
-    examples: int = Field(ge=0)
-    samples: int = Field(ge=0)
-    steps: int = Field(ge=0)
+    examples: Count
+    samples: Count
+    steps: Count
 
 
 _H = TypeVar("_H", bound=_Head)
@@ -200,14 +206,19 @@ def _parse(head: type[_H], manifest: bytes, blob: bytes) -> _H:
 def _unpack(head: _Head, blob: bytes) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {}
     buffer = bytearray(blob)  # torch wants writable memory; one copy for all tensors
+    end = 0
     for t in head.tensors:
         dtype = DTYPES.get(t.dtype)
-        if dtype is None or any(n < 0 for n in t.shape) or t.name in groups.get(t.group, {}):
+        # the strides of an empty tensor count its other dimensions, and torch must be able to
+        if dtype is None or math.prod(n or 1 for n in t.shape) >= LIMIT or t.name in groups.get(t.group, {}):
             raise Rejected(f"tensor '{t.name[:80]}' has no valid dtype, shape or name", code="malformed")
         count = math.prod(t.shape)
-        if t.offset + count * dtype.itemsize > len(buffer):
-            raise Rejected(f"tensor '{t.name[:80]}' reaches beyond the blob", code="malformed")
-        groups.setdefault(t.group, {})[t.name] = _tensor(buffer, dtype, count, t.offset).reshape(t.shape)
+        start, end = end, end + count * dtype.itemsize
+        if t.offset != start or end > len(buffer):
+            raise Rejected(f"tensor '{t.name[:80]}' does not lie where the one before it ends", code="malformed")
+        groups.setdefault(t.group, {})[t.name] = _tensor(buffer, dtype, count, start).reshape(t.shape)
+    if end != len(buffer):
+        raise Rejected(f"{len(buffer) - end} bytes of the blob belong to no tensor", code="malformed")
     return groups
 
 
@@ -232,5 +243,3 @@ def unflatten(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         group, _, name = path.partition("/")
         groups.setdefault(group, {})[name] = tensor
     return groups
-
-

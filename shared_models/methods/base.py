@@ -40,7 +40,7 @@ Weighting = Literal["examples", "uniform"]
 class MethodSettings(BaseModel):
     """Base of a method's own settings: the keys beside `name` in `[method]` or `[continual]`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

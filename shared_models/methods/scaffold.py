@@ -1,8 +1,8 @@
 """SCAFFOLD: Karimireddy et al. 2020, "Stochastic Controlled Averaging", Algorithm 1 with option II.
 
-    local step     y <- y - eta_l (g(y) - c_i + c)
-    control        c_i+ = c_i - c + (x - y) / (K eta_l)          K eta_l = the sum of the round's learning rates
-    server         x <- x + eta_g mean(y - x),   c <- c + |S|/N mean(c_i+ - c_i)
+local step     y <- y - eta_l (g(y) - c_i + c)
+control        c_i+ = c_i - c + (x - y) / (K eta_l)          K eta_l = the sum of the round's learning rates
+server         x <- x + eta_g mean(y - x),   c <- c + |S|/N mean(c_i+ - c_i)
 """
 
 from __future__ import annotations

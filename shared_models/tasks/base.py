@@ -63,8 +63,12 @@ class Task(ABC):
         """Metric sums of one batch; those of several batches or sites are added."""
 
     @abstractmethod
+    def no_sums(self) -> dict[str, Tensor]:
+        """Metric sums of no examples, on the CPU: the names, shapes and dtypes that all sums have."""
+
+    @abstractmethod
     def values(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Metrics from added sums; equal to the metrics of the pooled predictions."""
+        """Metrics from added sums; equal to the metrics of the pooled predictions, NaN for none."""
 
 
 tasks: Registry[type[Task]] = Registry("task", "shared_models.tasks")

@@ -35,8 +35,13 @@ class Classification(Task):
             "loss": self.loss(outputs, batch).double().sum().cpu(),
         }
 
+    def no_sums(self) -> dict[str, Tensor]:
+        """Zeros."""
+        return self.sums(torch.zeros(0, self.outputs), Batch(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)))
+
     def values(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """accuracy; macro_f1 over the classes that occur in truth or prediction; mean loss; number of examples."""
+        sums = sums or self.no_sums()
         confusion = sums["confusion"].double()
         total = confusion.sum().item()
         if total == 0:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from client.handler import Handler
 from client.policy import Policy
 from client.readers.base import Splits
-from client.state import MemoryState
+from client.state import MemoryState, State
 from client.workbench import Benches, Workbench
 from shared_models.job import Job
 from shared_models.messages import Contribution, Instruction
@@ -20,15 +20,21 @@ class InProcess:
         names: the population, any sequence; a million names may be made on demand.
         splits: name -> that site's examples.
         benches: shared by all sites; give the same one to several runs to build models once.
+        states: name -> where that site remembers; in memory by default, on disk a run survives its process.
     """
 
     def __init__(
-        self, names: Sequence[str], splits: Callable[[str], Splits], benches: Callable[[Job], Workbench] | None = None
+        self,
+        names: Sequence[str],
+        splits: Callable[[str], Splits],
+        benches: Callable[[Job], Workbench] | None = None,
+        states: Callable[[str], State] = lambda name: MemoryState(),
     ) -> None:
         self.names = names
         self.splits = splits
         self.benches = benches or Benches()
-        self._states: dict[str, MemoryState] = {}
+        self._make_state = states
+        self._states: dict[str, State] = {}
         self._policy = Policy(approve_all=True)
 
     def admit(self, probe: Callable[[str], Instruction], need: int, wait: float) -> None:
@@ -45,5 +51,6 @@ class InProcess:
 
     def handler(self, site: str) -> Handler:
         """The site's entry; what it remembers lives as long as this engine."""
-        state = self._states.setdefault(site, MemoryState())
-        return Handler(site, lambda job: self.splits(site), state, self._policy, self.benches)
+        if site not in self._states:
+            self._states[site] = self._make_state(site)
+        return Handler(site, lambda job: self.splits(site), self._states[site], self._policy, self.benches)

@@ -1,0 +1,172 @@
+"""One image file -> bytes: every colour mode, both ways to resize, and files that are no image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from client.readers.images import load_image
+from shared_models.errors import DataError
+from shared_models.job import DataPart
+
+GREY = DataPart(shape=(1, 2, 2))
+COLOUR = DataPart(shape=(3, 2, 2))
+
+
+def saved(path: Path, values: object, mode: str | None = None, **options: object) -> Path:
+    """An image file with exactly these values."""
+    Image.fromarray(np.asarray(values, dtype=np.uint8), mode).save(path, **options)
+    return path
+
+
+def test_grey_and_colour_arrive_bit_for_bit(tmp_path: Path) -> None:
+    grey = saved(tmp_path / "grey.png", [[0, 1], [254, 255]])
+    assert load_image(grey, GREY).tolist() == [[[0, 1], [254, 255]]]
+    assert load_image(grey, COLOUR).tolist() == [[[0, 1], [254, 255]]] * 3
+    colour = saved(tmp_path / "colour.png", [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]])
+    assert load_image(colour, COLOUR).tolist() == [[[1, 4], [7, 10]], [[2, 5], [8, 11]], [[3, 6], [9, 12]]]
+
+
+def test_colour_becomes_grey_by_luma(tmp_path: Path) -> None:
+    """ITU-R 601-2: L = 0.299 R + 0.587 G + 0.114 B, rounded."""
+    file = saved(tmp_path / "c.png", [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]])
+    assert load_image(file, GREY).tolist() == [[[76, 150], [29, 255]]]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_transparent_pixels_are_black(tmp_path: Path, mode: str) -> None:
+    """White, half transparent white, wholly transparent white, opaque black."""
+    file = tmp_path / "t.png"
+    if mode == "RGBA":
+        saved(file, [[[255, 255, 255, 255], [255, 255, 255, 128]], [[255, 255, 255, 0], [0, 0, 0, 255]]])
+        expected = [[255, 128], [0, 0]]
+    elif mode == "LA":
+        saved(file, [[[255, 255], [255, 128]], [[255, 0], [0, 255]]], "LA")
+        expected = [[255, 128], [0, 0]]
+    else:  # one palette entry or grey value stands for "transparent"
+        image = Image.fromarray(np.array([[1, 2], [2, 0]], dtype=np.uint8))
+        if mode == "P":
+            image = image.convert("P")
+            image.putpalette([0, 0, 0, 255, 255, 255, 255, 255, 255])
+        image.save(file, transparency=2)
+        expected = [[255 if mode == "P" else 1, 0], [0, 0]]
+    with Image.open(file) as written:
+        assert written.mode == mode
+    assert load_image(file, GREY).tolist() == [expected]
+    assert load_image(file, COLOUR).tolist() == [expected] * 3
+
+
+def test_cmyk_is_printed_colour(tmp_path: Path) -> None:
+    """No ink is white; full magenta and yellow are red; full black is black."""
+    ink = [[[0, 0, 0, 0], [0, 255, 255, 0]], [[0, 0, 0, 255], [255, 0, 0, 0]]]
+    file = saved(tmp_path / "print.tif", ink, "CMYK")
+    assert load_image(file, COLOUR).permute(1, 2, 0).tolist() == [
+        [[255, 255, 255], [255, 0, 0]],
+        [[0, 0, 0], [0, 255, 255]],
+    ]
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
+    """v * 255 / 65535, rounded: not cut off at 255."""
+    file = tmp_path / "deep.png"
+    Image.fromarray(np.array([[0, 257], [32768, 65535]], dtype=np.uint16)).save(file)
+    with Image.open(file) as written:
+        assert written.mode == "I;16"
+    assert load_image(file, GREY).tolist() == [[[0, 1], [128, 255]]]
+
+
+def test_floats_between_zero_and_one_fill_the_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "f.tif"
+    Image.fromarray(np.array([[0, 0.2], [0.5, 1]], dtype=np.float32)).save(file)
+    assert load_image(file, GREY).tolist() == [[[0, 51], [128, 255]]]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_floats_that_are_no_numbers_are_refused(tmp_path: Path, bad: float) -> None:
+    file = tmp_path / "bad-float.tif"
+    Image.fromarray(np.array([[bad, 1], [1, 1]], dtype=np.float32)).save(file)
+    with pytest.raises(DataError, match=r"bad-float\.tif"):
+        load_image(file, GREY)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "expected"),
+    [(1, [[1, 2], [3, 4]]), (3, [[4, 3], [2, 1]]), (6, [[3, 1], [4, 2]]), (8, [[2, 4], [1, 3]])],
+)
+def test_the_camera_orientation_is_applied(tmp_path: Path, orientation: int, expected: list[list[int]]) -> None:
+    """EXIF 274: 3 = upside down, 6 = turn clockwise to see it upright, 8 = anticlockwise."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    file = saved(tmp_path / "turned.png", [[1, 2], [3, 4]], exif=exif)
+    assert load_image(file, GREY).tolist() == [expected]
+
+
+def test_stretch_takes_the_whole_image(tmp_path: Path) -> None:
+    """2 x 4 -> 2 x 2: a triangle of width 2 pixels about each centre, renormalised at the border.
+
+    Left pixel, centre 1.0: weights of the columns 0..2 are 3, 3, 1 of 7; right pixel the mirror image.
+    """
+    file = saved(tmp_path / "wide.png", [[10, 20, 30, 40], [50, 60, 70, 80]])
+    left, right = (3 * 10 + 3 * 20 + 30) / 7, (20 + 3 * 30 + 3 * 40) / 7
+    expected = [[round(left), round(right)], [round(left + 40), round(right + 40)]]
+    assert expected == [[17, 33], [57, 73]]
+    assert load_image(file, GREY).tolist() == [expected]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pad_keeps_the_proportions_and_adds_black(tmp_path: Path, channels: int) -> None:
+    wide = saved(tmp_path / "wide.png", [[10, 20, 30, 40], [50, 60, 70, 80]])
+    tall = saved(tmp_path / "tall.png", [[10, 50], [20, 60], [30, 70], [40, 80]])
+    data = DataPart(shape=(channels, 4, 4), resize="pad")
+    black = [0, 0, 0, 0]
+    assert load_image(wide, data).tolist() == [[black, [10, 20, 30, 40], [50, 60, 70, 80], black]] * channels
+    upright = [[0, 10, 50, 0], [0, 20, 60, 0], [0, 30, 70, 0], [0, 40, 80, 0]]
+    assert load_image(tall, data).tolist() == [upright] * channels
+
+
+def test_height_comes_before_width(tmp_path: Path) -> None:
+    file = saved(tmp_path / "x.png", np.full((9, 5), 7))
+    image = load_image(file, DataPart(shape=(3, 6, 4)))
+    assert image.shape == (3, 6, 4)
+    assert image.dtype == torch.uint8
+    assert image.is_contiguous()
+
+
+def _truncated_jpeg(file: Path) -> None:
+    saved(file, np.arange(64 * 64).reshape(64, 64) % 251, quality=95)
+    file.write_bytes(file.read_bytes()[:700])
+
+
+def _other_encoding(file: Path) -> None:
+    Image.fromarray(np.zeros((2, 2, 3), np.uint8), "LAB").save(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("truncated.jpg", _truncated_jpeg),
+        ("empty.png", lambda file: file.write_bytes(b"")),
+        ("text.png", lambda file: file.write_text("patient 17, see letter")),
+        ("lab-colours.tif", _other_encoding),
+        ("a-folder.png", lambda file: file.mkdir()),
+        ("absent.png", lambda file: None),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, write: object) -> None:
+    write(tmp_path / name)  # type: ignore[operator]
+    with pytest.raises(DataError) as caught:
+        load_image(tmp_path / name, COLOUR)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "Mend or remove the file" in str(caught.value)
+
+
+def test_a_decompression_bomb_is_refused_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = saved(tmp_path / "bomb.png", np.zeros((20, 20)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses above twice this
+    with pytest.raises(DataError, match=r"bomb\.png cannot be read: .*decompression bomb"):
+        load_image(file, GREY)

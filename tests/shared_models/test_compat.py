@@ -1,0 +1,102 @@
+"""Every rule of the compatibility table: one job that breaks it and is told why, one beside it that may run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from shared_models.compat import RULES
+from shared_models.errors import CompatibilityError
+from shared_models.job import Job
+from shared_models.models import models
+
+MakeJob = Callable[..., Job]
+Parts = dict[str, Any]
+
+SCAFFOLD: Parts = {"method": {"name": "scaffold"}}
+CASES: list[tuple[str, Parts, Parts]] = [
+    (
+        "'finetune' is a continual method: it goes into [continual], not [method]",
+        {"method": {"name": "finetune"}},
+        {"continual": {"name": "finetune"}},
+    ),
+    (
+        "'fedprox' is a federated method: it goes into [method], not [continual]",
+        {"continual": {"name": "fedprox"}},
+        {"method": {"name": "fedprox"}},
+    ),
+    (
+        "train.optimizer = 'adamw' rescales them",
+        {**SCAFFOLD, "train": {"optimizer": "adamw"}},
+        {"train": {"optimizer": "adamw"}},
+    ),
+    (
+        "scaffold recovers the gradient from the distance moved, which train.momentum = 0.9 changes",
+        {**SCAFFOLD, "train": {"momentum": 0.9}},
+        {"method": {"name": "fedprox"}, "train": {"momentum": 0.9}},
+    ),
+    (
+        "scaffold's control variates would contain train.weight_decay = 0.1",
+        {**SCAFFOLD, "train": {"weight_decay": 0.1}},
+        {**SCAFFOLD, "train": {"weight_decay": 0.0}},
+    ),
+    (
+        "train.momentum belongs to sgd; adamw has its own moments",
+        {"train": {"optimizer": "adamw", "momentum": 0.9}},
+        {"train": {"optimizer": "sgd", "momentum": 0.9}},
+    ),
+    (
+        "stream.tasks = 11 is more than the 10 labels: every task needs at least one",
+        {"time": "continual", "stream": {"tasks": 11}, "federation": {"rounds": 11}},
+        {"time": "continual", "stream": {"tasks": 10}, "federation": {"rounds": 11}},
+    ),
+    (
+        "stream.tasks = 5 is more than federation.rounds = 4: every task needs at least one round",
+        {"time": "continual", "stream": {"tasks": 5}, "federation": {"rounds": 4}},
+        {"time": "offline", "stream": {"tasks": 5}, "federation": {"rounds": 4}},
+    ),
+    (
+        "federation.select = 'best' looks back over tasks, which a stream forbids",
+        {"time": "continual", "stream": {"tasks": 2}, "federation": {"select": "best"}},
+        {"time": "offline", "federation": {"select": "best"}},
+    ),
+    (
+        "isolated sites never aggregate, so method 'scaffold' would do nothing there",
+        {"place": "isolated", **SCAFFOLD},
+        {"place": "isolated", "method": {"name": "fedavg"}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("reason", "broken", "counterpart"), CASES)
+def test_each_rule_refuses_with_its_reason_and_lets_its_counterpart_pass(
+    make_job: MakeJob, reason: str, broken: Parts, counterpart: Parts
+) -> None:
+    with pytest.raises(CompatibilityError) as error:
+        make_job(**broken)
+    assert str(error.value).startswith("job 'test': ")
+    assert reason in str(error.value)
+    assert make_job(**counterpart).name == "test"
+
+
+def test_a_model_that_cannot_serve_the_task_is_refused(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_job(model={"name": "mlp"}).model.name == "mlp"
+    monkeypatch.setitem(models._things, "mlp", replace(models["mlp"], tasks=("detection",)))
+    with pytest.raises(CompatibilityError, match="model 'mlp' cannot serve the task 'classification'"):
+        make_job(model={"name": "mlp"})
+
+
+def test_no_rule_is_without_a_case(make_job: MakeJob) -> None:
+    """The cases above and the model's break each rule of the table alone, so a new rule needs a new case."""
+    covered = set()
+    for _, broken, _ in CASES:
+        job = Job.model_validate({**make_job().model_dump(), **merged(make_job().model_dump(), broken)})
+        covered |= {i for i, (breaks, _) in enumerate(RULES) if breaks(job)}
+    assert covered == set(range(1, len(RULES)))  # rule 0 is the model's
+
+
+def merged(base: Parts, parts: Parts) -> Parts:
+    return {k: {**base[k], **v} if isinstance(v, dict) and "name" not in v else v for k, v in parts.items()}

@@ -1,0 +1,49 @@
+"""The two values that cross the boundary: frozen, without shared defaults, and counted in bytes as they travel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+
+from shared_models.job import Job
+from shared_models.messages import Budget, Contribution, Instruction, payload_bytes, refusal
+from shared_models.wire import encode_contribution
+
+MakeJob = Callable[..., Job]
+
+
+def test_a_refusal_answers_its_instruction_and_carries_only_a_code(make_job: MakeJob) -> None:
+    groups = {"model": {"w": torch.ones(3)}}
+    asked = Instruction("train", "run-1", "site-a", make_job(), "f", task=2, round=5, groups=groups)
+    answer = refusal(asked, "not-approved")
+    assert answer == Contribution("train", "run-1", "site-a", task=2, round=5, code="not-approved")
+    assert (answer.examples, answer.samples, answer.steps) == (0, 0, 0)
+    assert not answer.groups
+    assert not answer.metrics
+    assert not answer.document
+
+
+def test_both_are_frozen_and_share_no_defaults(make_job: MakeJob) -> None:
+    first, second = (Instruction("probe", "r", site, make_job(), "f") for site in "ab")
+    answers = [refusal(i, "x") for i in (first, second)]
+    with pytest.raises(FrozenInstanceError):
+        first.round = 1  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        answers[0].code = "ok"  # type: ignore[misc]
+    assert first.groups is not second.groups
+    assert answers[0].metrics is not answers[1].metrics
+    assert first.budget == Budget(epochs=1.0, steps=None)
+
+
+def test_payload_bytes_are_those_of_the_blob() -> None:
+    groups = {
+        "model": {"w": torch.zeros(3, 5), "half": torch.zeros(7, dtype=torch.bfloat16), "none": torch.zeros(0, 4)},
+        "control": {"n": torch.zeros((), dtype=torch.int64), "strided": torch.zeros(4, 4).t()[::2]},
+    }
+    assert payload_bytes(groups) == 60 + 14 + 0 + 8 + 32
+    _, blob = encode_contribution(Contribution("train", "r", "s", groups=groups))
+    assert len(blob) == payload_bytes(groups)
+    assert payload_bytes({}) == 0

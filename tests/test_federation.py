@@ -1,0 +1,215 @@
+"""A real federation: a server process, three enrolled nodes with SuperNode and worker each, TLS on loopback.
+
+The same job must give the same bits here and in process; what was not approved does not run; what goes wrong at a node
+stays there; a killed ServerApp costs nothing; a revoked site is out within a round.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from client.readers.base import PARTS
+from server.config import ServerFolder
+from server.events import read_events
+from server.runs import RunFolder, find_run
+from shared_models.job import Job
+from shared_models.process import Child, free_port
+from simulations.compare import load_sites
+from simulations.engines.inprocess import Benches
+from simulations.paradigms import Setting, paradigms
+from simulations.partition import SitePopulation
+
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(400)]
+CANARY = "canary-7f3a"
+SECONDS = 120.0
+
+
+def make_job(**parts: Any) -> Job:
+    data: dict[str, Any] = {
+        "name": "federation",
+        "model": {"name": "mlp"},
+        "task": {"labels": [str(c) for c in range(10)]},
+        "data": {"shape": [1, 8, 8]},
+        "train": {"lr": 0.1},
+        "federation": {"rounds": 3, "min_sites": 3, "wait": 90},
+        "simulation": {"partition": "dirichlet", "alpha": 0.3, "sites": 3},
+    }
+    for name, part in parts.items():
+        data[name] = {**data.get(name, {}), **part} if isinstance(part, dict) else part
+    return Job.resolve(data)
+
+
+FEDAVG = make_job(name="fedavg")
+SCAFFOLD = make_job(name="scaffold", method={"name": "scaffold"})
+KILLED = make_job(name="killed", method={"name": "scaffold"}, federation={"rounds": 6})
+FAILING = make_job(name="failing", task={"labels": [str(c) for c in range(9)]}, federation={"wait": 4})
+UNAPPROVED = make_job(name="unapproved", federation={"wait": 4})
+REVOKED = make_job(name="revoked", federation={"rounds": 12, "min_sites": 1})
+
+
+def fedzoo(*words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "fedzoo", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def eventually(truth: Callable[[], object], what: str, seconds: float = SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not truth():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+@dataclass
+class Federation:
+    root: Path
+    sites: SitePopulation
+
+    @property
+    def server(self) -> ServerFolder:
+        return ServerFolder(self.root / "server")
+
+    def submit(self, job: Job) -> RunFolder:
+        path = self.root / f"{job.name}.toml"
+        path.write_text(job.to_toml())
+        words = ("run", "submit", str(path), "--dir", str(self.server.root))
+        return find_run(self.server.runs, fedzoo(*words).split()[2])
+
+    def finish(self, run: RunFolder) -> list[dict[str, Any]]:
+        eventually(lambda: run.status().state in ("done", "failed", "stopped"), f"{run.id} does not end")
+        return self.events(run)
+
+    def events(self, run: RunFolder) -> list[dict[str, Any]]:
+        return [event for event, _ in read_events(run.path / "events.jsonl")]
+
+    def simulated(self, job: Job) -> dict[str, torch.Tensor]:
+        result = paradigms["federated"](Setting(job, self.sites, Benches(torch.device("cpu"))))
+        return dict(result.models["model"])
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    root = tmp_path_factory.mktemp("federation")
+    sites = load_sites(FEDAVG, root)
+    server = root / "server"
+    ports = [w for n in ("fleet", "control", "enroll", "member") for w in (f"--{n}-port", str(free_port()))]
+    fedzoo("server", "init", "--dir", str(server), *ports)
+    command = [sys.executable, "-m", "fedzoo"]
+    children = [Child("server", [*command, "server", "start", "--dir", str(server)], root / "server.log")]
+    try:
+        eventually(lambda: "ready:" in children[0].tail(), children[0].tail())
+        approved = [w for job in (FEDAVG, SCAFFOLD, KILLED, FAILING, REVOKED) for w in ("--approve", job.hash)]
+        for site in sites.names:
+            data = write_hospital(sites, site, root / "hospitals" / CANARY / site)
+            invite = fedzoo("server", "invite", site, "--dir", str(server)).strip()
+            node = str(root / "nodes" / site)
+            fedzoo("client", "enroll", invite, "--dir", node, "--data", str(data), "--format", "imagefolder")
+            start = [*command, "client", "start", "--dir", node, *approved]
+            children.append(Child(site, start, root / "nodes" / f"{site}.log"))
+        yield Federation(root, sites)
+    finally:
+        for child in reversed(children):
+            child.stop()
+
+
+def write_hospital(sites: SitePopulation, site: str, folder: Path) -> Path:
+    """The site's images with the canary in every file name; the order of names is that of the simulated site."""
+    for part in PARTS:
+        examples = getattr(sites.splits(site), part)
+        for row, label in zip(examples.rows.tolist(), examples.labels.tolist(), strict=True):
+            path = folder / part / str(label) / f"{CANARY}-{sites.store.names[row]}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(sites.store.images[row, 0].numpy()).save(path)
+    return folder
+
+
+def same_bits(run: RunFolder, expected: dict[str, torch.Tensor]) -> bool:
+    found = load_file(run.path / "model.safetensors")
+    return found.keys() == expected.keys() and all(torch.equal(found[n], t) for n, t in expected.items())
+
+
+@pytest.mark.parametrize("job", [FEDAVG, SCAFFOLD], ids=["fedavg", "scaffold"])
+def test_real_nodes_give_the_bits_of_the_simulator(federation: Federation, job: Job) -> None:
+    run = federation.submit(job)
+    events = federation.finish(run)
+    assert run.status().state == "done", run.status()
+    assert [e["sites"] for e in events if e["event"] == "round"] == [list(federation.sites.names)] * 3
+    assert same_bits(run, federation.simulated(job))
+    assert not same_bits(run, federation.simulated(job.replace(seed=1)))
+
+
+def test_what_is_not_approved_does_not_run(federation: Federation) -> None:
+    run = federation.submit(UNAPPROVED)
+    events = federation.finish(run)
+    assert run.status().state == "failed"
+    assert "site-1: not-approved, site-2: not-approved, site-3: not-approved" in run.status().reason
+    assert {(e["site"], e["code"]) for e in events if e["event"] == "refused"} == {
+        (site, "not-approved") for site in federation.sites.names
+    }
+    for site in federation.sites.names:
+        request = federation.root / "nodes" / site / "requests" / f"{UNAPPROVED.hash}.toml"
+        assert Job.load(request).hash == UNAPPROVED.hash
+
+
+def test_what_fails_at_a_node_stays_there(federation: Federation) -> None:
+    """The job knows nine labels, so the tenth class folder, whose path holds the canary, is an error where there is one."""
+    run = federation.submit(FAILING)
+    federation.finish(run)
+    assert run.status().state == "failed"
+    assert "site-2: data, site-3: data" in run.status().reason, "site-1 holds no 9 and has nothing to complain of"
+    node_logs = b"".join(p.read_bytes() for p in (federation.root / "nodes").rglob("*.log"))
+    assert CANARY.encode() in node_logs, "the node's own log must name the folder"
+    files = [p for p in federation.server.root.rglob("*") if p.is_file()] + [federation.root / "server.log"]
+    assert len(files) > 20
+    for path in files:
+        assert CANARY.encode() not in path.read_bytes(), path
+
+
+def test_a_killed_server_app_costs_nothing(federation: Federation) -> None:
+    run = federation.submit(KILLED)
+    eventually(lambda: any(e["event"] == "round" for e in federation.events(run)), "no round")
+    pid = holder(run.path / "lock")
+    os.kill(pid, signal.SIGKILL)
+    events = federation.finish(run)
+    assert run.status().state == "done", run.status()
+    assert run.status().leases == 2
+    assert [e["event"] for e in events].count("resumed") == 1
+    assert same_bits(run, federation.simulated(KILLED))
+
+
+def test_a_revoked_site_is_out_within_a_round(federation: Federation) -> None:
+    run = federation.submit(REVOKED)
+    eventually(lambda: any(e["event"] == "round" for e in federation.events(run)), "no round")
+    fedzoo("server", "revoke", "site-3", "--dir", str(federation.server.root))
+    known = len([e for e in federation.events(run) if e["event"] == "round"])
+    events = federation.finish(run)
+    assert run.status().state == "done", run.status()
+    rounds = [e["sites"] for e in events if e["event"] == "round"]
+    assert rounds[0] == ["site-1", "site-2", "site-3"]
+    assert all(sites == ["site-1", "site-2"] for sites in rounds[known + 1 :])
+    assert len(rounds[known + 1 :]) >= 2, "the revocation came too late to be seen"
+    eventually(lambda: "revoked" in fedzoo("client", "status", "--dir", str(federation.root / "nodes" / "site-3")), "said")
+
+
+def holder(lock: Path) -> int:
+    """The process that has the file open."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if link.resolve() == lock.resolve() and "serverapp" in (link.parents[1] / "cmdline").read_text():
+                return int(link.parents[1].name)
+        except OSError:
+            continue
+    raise AssertionError(f"nobody holds {lock}")
