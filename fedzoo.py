@@ -1,4 +1,4 @@
-"""The `fedzoo` command: mounts each package's own commands. No logic, and nothing heavy is imported until it is used."""
+"""The `fedzoo` command: mounts each package's own commands. Nothing heavy is imported until it is used."""
 
 from __future__ import annotations
 

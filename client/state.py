@@ -1,15 +1,18 @@
 """What a site remembers between rounds: its methods' and personal tensors, and its last answer.
 
-Everything is named by run and site, never by an id of the network's. The answer to an instruction is kept until the
-next one, so that a round repeated after a crash is answered with the identical bytes instead of being trained again.
+Everything is named by run and site, never by an id of the network's. The answers to the last two instructions (a round
+and the end of its task) are kept, so that those repeated after a crash are answered with the identical bytes instead of
+being done again.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -17,7 +20,9 @@ from shared_models.errors import DataError, Rejected
 from shared_models.files import private_folder, write_whole
 from shared_models.messages import Contribution, Instruction
 from shared_models.sums import Groups
-from shared_models.wire import decode_contribution, encode_contribution, flatten, unflatten
+from shared_models.wire import NAME, decode_contribution, encode_contribution, flatten, unflatten
+
+SLOTS = ("a", "b", "c")
 
 
 class State(Protocol):
@@ -54,14 +59,17 @@ class MemoryState:
                 owner: {g: {n: t.detach().clone() for n, t in ts.items()} for g, ts in groups.items()}
                 for owner, groups in kept.items()
             }
+        else:
+            self._kept.pop(instruction.run, None)
 
 
 class DiskState:
     """For nodes: one folder per run below `root`, replaced by one rename.
 
-    A run's folder holds `<slot>.kept`, `<slot>.answer.json` and `<slot>.answer.bin` for one of two slots, and `current`,
-    which names the slot and the instruction it answers. `current` is renamed into place last, so a crash at any point
-    leaves the state before or after the round, never between.
+    A run's folder holds `<slot>.kept`, `<slot>.answer.json` and `<slot>.answer.bin` for three slots that take turns, and
+    `current`, which names the newest slot and the instructions that it and the one before it answer. `current` is
+    renamed into place last and never names the slot that is written next, so a crash at any point leaves the state
+    before or after the round, never between.
     """
 
     def __init__(self, root: Path, site: str) -> None:
@@ -73,12 +81,13 @@ class DiskState:
 
         Raises:
             DataError: the files are damaged.
+            Rejected: the run's id names no folder.
         """
         folder = self._folder(run)
-        current = self._current(folder)
-        if not current:
+        slot, _ = _current(folder)
+        if not slot:
             return {}
-        path = folder / f"{current['slot']}.kept"
+        path = folder / f"{slot}.kept"
         try:
             flat = load(path.read_bytes())
         except (OSError, SafetensorError) as error:
@@ -91,12 +100,12 @@ class DiskState:
         return kept  # type: ignore[return-value]
 
     def replay(self, instruction: Instruction) -> Contribution | None:
-        """The stored answer where the last one belongs to this very instruction."""
+        """The stored answer where one of the last two belongs to this very instruction; raises as `load`."""
         folder = self._folder(instruction.run)
-        current = self._current(folder)
-        if not current or current["answers"] != _identity(instruction):
+        _, answers = _current(folder)
+        slot = answers.get(_identity(instruction))
+        if slot is None:
             return None
-        slot = current["slot"]
         try:
             return decode_contribution(
                 (folder / f"{slot}.answer.json").read_bytes(), (folder / f"{slot}.answer.bin").read_bytes()
@@ -105,29 +114,41 @@ class DiskState:
             raise DataError(f"the site's stored answer in {folder} cannot be read: {error}") from None
 
     def save(self, instruction: Instruction, kept: dict[str, Groups], answer: Contribution) -> None:
-        """Write the other slot, then point `current` at it."""
+        """Write the oldest slot, then point `current` at it; raises as `load`."""
         folder = self._folder(instruction.run)
-        private_folder(folder)
-        slot = "b" if self._current(folder).get("slot") == "a" else "a"
+        last, answers = _current(folder)
+        slot = SLOTS[(SLOTS.index(last) + 1) % len(SLOTS)] if last else SLOTS[0]
         flat = {f"{owner}:{name}": t for owner, groups in kept.items() for name, t in flatten(groups).items()}
         manifest, blob = encode_contribution(answer)
-        write_whole(folder / f"{slot}.kept", save({n: t.detach().cpu().contiguous() for n, t in flat.items()}))
+        private_folder(folder)
+        # a copy of each: two owners may keep the same memory, which safetensors refuses
+        copies = {n: t.detach().clone(memory_format=torch.contiguous_format).cpu() for n, t in flat.items()}
+        write_whole(folder / f"{slot}.kept", save(copies))
         write_whole(folder / f"{slot}.answer.json", manifest)
         write_whole(folder / f"{slot}.answer.bin", blob)
-        current = json.dumps({"slot": slot, "answers": _identity(instruction)}).encode()
-        write_whole(folder / "current", current)
+        answers = {asked: s for asked, s in answers.items() if s == last} | {_identity(instruction): slot}
+        write_whole(folder / "current", json.dumps({"slot": slot, "answers": answers}).encode())
 
     def _folder(self, run: str) -> Path:
+        if not re.fullmatch(NAME, run):
+            raise Rejected(f"{run[:80]!r} cannot be the id of a run", code="malformed")
         return self.root / self.site / run
 
-    def _current(self, folder: Path) -> dict[str, str]:
-        try:
-            found: dict[str, str] = json.loads((folder / "current").read_text())
-        except FileNotFoundError:
-            return {}
-        return found
+
+def _current(folder: Path) -> tuple[str, dict[str, str]]:
+    """(newest slot, instruction -> slot with its answer); no slot before the first round."""
+    path = folder / "current"
+    try:
+        found = json.loads(path.read_bytes())
+        slot, answers = found["slot"], dict(found["answers"])
+        if slot not in SLOTS or not all(s in SLOTS for s in answers.values()):
+            raise ValueError("it names no slot")
+    except FileNotFoundError:
+        return "", {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the site's state {path} cannot be read: {error}", hint="Restore it") from None
+    return slot, answers
 
 
 def _identity(instruction: Instruction) -> str:
     return f"{instruction.job.hash} {instruction.kind} {instruction.task} {instruction.round}"
-

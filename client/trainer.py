@@ -35,13 +35,14 @@ def train(bench: Workbench, data: Examples, instruction: Instruction, states: Se
     job, part = instruction.job, instruction.job.train
     pieces = list(zip(bench.pieces, states, strict=True))
     replay, losses, grads = ([p for p in pieces if overrides(p[0], h)] for h in ("extra_batch", "loss", "grad"))
-    where = {"site": instruction.site, "task": instruction.task, "round": instruction.round}
+    site, task, number = instruction.site, instruction.task, instruction.round
     steps = count_steps(len(data), part.batch_size, instruction.budget)
     samples, lr_sum = 0, 0.0
     bench.model.train()
-    with keyed_global(key(job.seed, "forward", **where), bench.device):
-        for step, rows in enumerate(batches(len(data), part.batch_size, instruction.budget, job.seed, **where)):
-            lr = learning_rate(part, (instruction.round + step / steps) / instruction.rounds)
+    with keyed_global(key(job.seed, "forward", site=site, task=task, round=number), bench.device):
+        order = batches(len(data), part.batch_size, instruction.budget, job.seed, site=site, task=task, round=number)
+        for step, rows in enumerate(order):
+            lr = learning_rate(part, (number + step / steps) / instruction.rounds)
             batch = data.batch(rows, bench.device)
             for piece, state in replay:
                 batch = piece.extra_batch(batch, state)

@@ -60,6 +60,7 @@ class Benches:
         self._bench: Workbench | None = None
 
     def __call__(self, job: Job) -> Workbench:
+        """The warm one where it is the same job, else a new one."""
         if self._bench is None or (self._bench.job is not job and self._bench.job.hash != job.hash):
             self._bench = Workbench(job, self.device)
         return self._bench

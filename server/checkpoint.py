@@ -46,4 +46,3 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, 
     if hashlib.sha256(data).hexdigest() != facts["sha256"]:
         raise RunError(f"the checkpoint in {folder} is damaged: its SHA-256 differs", hint="Restore it from a backup")
     return unflatten(load(data)), facts
-

@@ -184,7 +184,8 @@ class Coordinator:
         if len(rows) < part.min_sites:
             reasons = ", ".join(f"{site} {code}" for site, code in sorted(refused.items()))
             raise RunError(
-                f"round {round}: {len(rows)} of {len(cohort)} contributions accepted, {part.min_sites} needed ({reasons})",
+                f"round {round}: {len(rows)} of {len(cohort)} contributions accepted, "
+                f"{part.min_sites} needed ({reasons})",
                 hint="The run can be resumed from its checkpoint",
             )
         self._measure(round, validation)
@@ -234,7 +235,7 @@ class Coordinator:
 
     def _finish(self) -> Outcome:
         rounds, tasks = self.job.federation.rounds, range(len(self.job.tasks))
-        parts: tuple[tuple[Part, int], ...] = tuple((p, t) for p in ("validation", "test") for t in tasks)  # type: ignore[misc]
+        parts: tuple[tuple[Part, int], ...] = tuple((p, t) for p in ("validation", "test") for t in tasks)
         started = time.perf_counter()
         replies = self._evaluate(self.state["model"], parts, rounds)
         part = self.job.federation
@@ -259,7 +260,9 @@ class Coordinator:
         self.events.emit("end", test=outcome.all_sites, per_site=outcome.per_site, totals=asdict(outcome.totals))
         return outcome
 
-    def _evaluate(self, model: Mapping[str, Tensor], parts: tuple[tuple[Part, int], ...], round: int) -> list[Contribution]:
+    def _evaluate(
+        self, model: Mapping[str, Tensor], parts: tuple[tuple[Part, int], ...], round: int
+    ) -> list[Contribution]:
         base = self._instruction("evaluate", round=round, evaluate=parts, groups={"model": model})
         asked = (replace(base, site=site) for site in self._evaluators())
         replies = [reply for reply in self.executor.run(asked) if self._accept(reply, base)]
@@ -349,5 +352,6 @@ def _merge(replies: Iterable[Contribution], prefix: str) -> Sums:
 def _as(like: Groups, groups: Groups) -> Groups:
     """The groups with the dtypes that travel (means are float32)."""
     return {
-        g: {n: t.to(like[g][n].dtype) if g in like and n in like[g] else t for n, t in ts.items()} for g, ts in groups.items()
+        g: {n: t.to(like[g][n].dtype) if g in like and n in like[g] else t for n, t in ts.items()}
+        for g, ts in groups.items()
     }

@@ -119,8 +119,9 @@ def follow(folder: RunFolder, poll: float = POLL) -> Iterator[dict[str, Any]]:
     offset = 0
     while True:
         status = folder.status()
-        for event, offset in read_events(folder.path / "events.jsonl", offset):  # noqa: B020 - carries the place on
+        for event, behind in read_events(folder.path / "events.jsonl", offset):
             yield event
+            offset = behind
         if status.state not in (*ACTIVE, "created"):
             break
         time.sleep(poll)
@@ -143,7 +144,9 @@ def describe(event: dict[str, Any]) -> str:
         return f"{kind} {event['site']}: {event['code']}{detail}"
     if kind == "end":
         return f"done: accuracy on all sites' tests {event['test'].get('accuracy', float('nan')):.3f}"
-    return {"resumed": f"resumed at round {event.get('round')}", "failed": f"failed: {event.get('reason')}"}.get(kind, "")
+    return {"resumed": f"resumed at round {event.get('round')}", "failed": f"failed: {event.get('reason')}"}.get(
+        kind, ""
+    )
 
 
 def _follow(folder: RunFolder, as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """A run is ours: a folder with its own id. A Flower run is a lease on it, replaced when it is lost.
 
-    runs/<id>/  job.toml  status.json  events.jsonl  checkpoint/  model.safetensors  result.json
+runs/<id>/  job.toml  status.json  events.jsonl  checkpoint/  model.safetensors  result.json
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RunFolder:
 
     @contextmanager
     def carried(self) -> Iterator[None]:
-        """Hold the run while carrying it; waits for the process that does so now. The kernel lets go with the process."""
+        """Hold the run while carrying it; waits for the one that does so now. The kernel frees it with the process."""
         with (self.path / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

@@ -8,22 +8,23 @@ How a site joins a federation and how it asks who it is. After a change, with gr
 
 import abc
 import collections.abc
+import typing
+
 import grpc
 import grpc.aio
+
 import shared_models.enrollment_pb2
-import typing
 
 _T = typing.TypeVar("_T")
 
 class _MaybeAsyncIterator(collections.abc.AsyncIterator[_T], collections.abc.Iterator[_T], metaclass=abc.ABCMeta): ...
-
 class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
     ...
 
 class EnrollmentStub:
     """Server TLS only: who calls proves himself by the token of an invite."""
 
-    def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
+    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...
     Enroll: grpc.UnaryUnaryMultiCallable[
         shared_models.enrollment_pb2.EnrollRequest,
         shared_models.enrollment_pb2.EnrollReply,
@@ -45,14 +46,16 @@ class EnrollmentServicer(metaclass=abc.ABCMeta):
         self,
         request: shared_models.enrollment_pb2.EnrollRequest,
         context: _ServicerContext,
-    ) -> typing.Union[shared_models.enrollment_pb2.EnrollReply, collections.abc.Awaitable[shared_models.enrollment_pb2.EnrollReply]]: ...
+    ) -> (
+        shared_models.enrollment_pb2.EnrollReply | collections.abc.Awaitable[shared_models.enrollment_pb2.EnrollReply]
+    ): ...
 
-def add_EnrollmentServicer_to_server(servicer: EnrollmentServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
+def add_EnrollmentServicer_to_server(servicer: EnrollmentServicer, server: grpc.Server | grpc.aio.Server) -> None: ...
 
 class MembershipStub:
     """Mutual TLS: who calls proves himself by the certificate that Enroll gave."""
 
-    def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
+    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...
     WhoAmI: grpc.UnaryUnaryMultiCallable[
         shared_models.enrollment_pb2.WhoAmIRequest,
         shared_models.enrollment_pb2.WhoAmIReply,
@@ -74,6 +77,8 @@ class MembershipServicer(metaclass=abc.ABCMeta):
         self,
         request: shared_models.enrollment_pb2.WhoAmIRequest,
         context: _ServicerContext,
-    ) -> typing.Union[shared_models.enrollment_pb2.WhoAmIReply, collections.abc.Awaitable[shared_models.enrollment_pb2.WhoAmIReply]]: ...
+    ) -> (
+        shared_models.enrollment_pb2.WhoAmIReply | collections.abc.Awaitable[shared_models.enrollment_pb2.WhoAmIReply]
+    ): ...
 
-def add_MembershipServicer_to_server(servicer: MembershipServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
+def add_MembershipServicer_to_server(servicer: MembershipServicer, server: grpc.Server | grpc.aio.Server) -> None: ...

@@ -84,7 +84,9 @@ def compare(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run's or a comparison's folder.")], as_json: Json = False) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's or a comparison's folder.")], as_json: Json = False
+) -> None:
     """Draw the page of a finished run or comparison again."""
     from simulations.report import write
     from simulations.results import load, of_run, save

@@ -1,7 +1,7 @@
 """`fedzoo demo`: the whole promise in small, with real processes on loopback.
 
-A server with its own certificate authority, three hospitals that enroll with invites and keep their images, one job that
-each of them approved, watched to its end; then the same budget centralized, isolated and continual in the simulator.
+A server with its own certificate authority, three hospitals that enroll with invites and keep their images, one job
+that each of them approved, watched to its end; then the same budget centralized, isolated and continual, simulated.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def run(folder: Path) -> None:
         _watch(run_folder, job, console)
     console.print(f"every process is stopped; {time.monotonic() - started:.0f} s so far")
     console.rule("2  The same budget in the simulator: who holds the data, and when")
-    console.print("A centralized baseline exists only because this is a demo: here one machine holds all three folders.")
+    console.print(
+        "A centralized baseline exists only because this is a demo: here one machine holds all three folders."
+    )
     with progress(count_rounds(job, sites, PLACES, TIMES, len(SEEDS))) as listen:
         comparison = compare(
             job,

@@ -3,16 +3,17 @@
 | place       | who trains                                   | who measures   |
 |-------------|----------------------------------------------|----------------|
 | federated   | the selected sites, aggregated by the method | every site     |
-| isolated    | each site alone, in the rounds it would be selected | every site |
+| isolated    | each site alone, when it would be selected   | every site     |
 | centralized | one site that holds all data                 | every site     |
 
-The budget is exact in samples: in every round, centralized processes as many as the federated cohort together, and each
-isolated site as many as it would in the federation. Time is in the job: a continual job is a stream, whatever the place.
+The budget is exact in samples: in every round, centralized processes as many as the federated cohort together, and
+each isolated site as many as it would in the federation. Time is in the job: a continual job is a stream, whatever the
+place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,9 +189,9 @@ def _headline(setting: Setting) -> str:
     return tasks[setting.job.task.name].headline
 
 
-def _mean(values: Any) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
 
 
 def _mean_curve(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:

@@ -133,7 +133,9 @@ class SitePopulation:
         """Site -> part -> class index as text -> examples, for the report."""
         return {
             name: {
-                part: {str(c): int(n) for c, n in enumerate(torch.bincount(getattr(self.splits(name), part).labels)) if n}
+                part: {
+                    str(c): int(n) for c, n in enumerate(torch.bincount(getattr(self.splits(name), part).labels)) if n
+                }
                 for part in ("train", "validation", "test")
             }
             for name in self.names

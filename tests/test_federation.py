@@ -165,7 +165,7 @@ def test_what_is_not_approved_does_not_run(federation: Federation) -> None:
 
 
 def test_what_fails_at_a_node_stays_there(federation: Federation) -> None:
-    """The job knows nine labels, so the tenth class folder, whose path holds the canary, is an error where there is one."""
+    """The job knows nine labels, so the tenth class folder, whose path holds the canary, is an error."""
     run = federation.submit(FAILING)
     federation.finish(run)
     assert run.status().state == "failed"
@@ -201,7 +201,9 @@ def test_a_revoked_site_is_out_within_a_round(federation: Federation) -> None:
     assert rounds[0] == ["site-1", "site-2", "site-3"]
     assert all(sites == ["site-1", "site-2"] for sites in rounds[known + 1 :])
     assert len(rounds[known + 1 :]) >= 2, "the revocation came too late to be seen"
-    eventually(lambda: "revoked" in fedzoo("client", "status", "--dir", str(federation.root / "nodes" / "site-3")), "said")
+    eventually(
+        lambda: "revoked" in fedzoo("client", "status", "--dir", str(federation.root / "nodes" / "site-3")), "said"
+    )
 
 
 def holder(lock: Path) -> int:

@@ -22,17 +22,11 @@ class Digits(Reader):
 
     def read(self, root: Path, data: DataPart, labels: Sequence[str], mapping: Mapping[str, str]) -> Store:
         """Samples in the order of label list and index; labels must be the ten digits, in any order."""
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise DataError(
-                "the reader 'digits' needs scikit-learn", hint="pip install 'fedzoo[simulations]'"
-            ) from None
         index = {label: i for i, label in enumerate(labels)}
         names = [mapping.get(str(d), str(d)) for d in range(10)]
         if missing := [n for n in names if n not in index]:
             raise DataError(f"digit '{missing[0]}' is not a label of the job", hint="labels = ['0', ..., '9']")
-        pixels, target = load_digits(return_X_y=True)
+        pixels, target = _load()
         grey = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         labels_of = [index[names[d]] for d in target]
         order = sorted(range(len(grey)), key=lambda i: (labels_of[i], i))
@@ -45,8 +39,16 @@ class Digits(Reader):
 
     def check(self, root: Path) -> dict[str, Any]:
         """The library's own counts."""
-        from sklearn.datasets import load_digits
-
-        _, target = load_digits(return_X_y=True)
+        _, target = _load()
         counts = {str(d): int(n) for d, n in enumerate(np.bincount(target))}
         return {"images": len(target), "classes": {"all": counts}, "unreadable": []}
+
+
+def _load() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (1797, 64) float64 in 0..16, and digits (1797,)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError("the reader 'digits' needs scikit-learn", hint="pip install 'fedzoo[simulations]'") from None
+    pixels, target = load_digits(return_X_y=True)
+    return pixels, target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ class ImageFolder(Reader):
 
     def read(self, root: Path, data: DataPart, labels: Sequence[str], mapping: Mapping[str, str]) -> Store:
         """Samples in the order of part, label list and file name, whatever the folders' order."""
-        index = {label: i for i, label in enumerate(labels)}
+        index = {_spelling(label): i for i, label in enumerate(labels)}
+        mapping = {_spelling(theirs): ours for theirs, ours in mapping.items()}
         found: list[tuple[int, int, str, Path]] = []
         parts, folders = _folders(root)
         for part, folder in folders:
-            label = mapping.get(folder.name, folder.name)
+            label = _spelling(mapping.get(_spelling(folder.name), folder.name))
             if label not in index:
                 raise DataError(
                     f"the class folder {folder} stands for '{label}', which is not a label of the job",
@@ -34,14 +36,14 @@ class ImageFolder(Reader):
             found += [(PARTS.index(part), index[label], f.name, f) for f in _images(folder)]
         if not found:
             raise DataError(f"no image below {root}", hint=f"Suffixes that count: {' '.join(sorted(SUFFIXES))}")
-        found.sort(key=lambda row: row[:3])
+        found.sort()
         images = torch.empty((len(found), *data.shape), dtype=torch.uint8)
         for i, (_, _, _, path) in enumerate(found):
             images[i] = load_image(path, data)
         return Store(
             images=images,
             labels=torch.tensor([row[1] for row in found]),
-            names=[f"{labels[row[1]]}/{row[2]}" for row in found],
+            names=[row[3].relative_to(root).as_posix() for row in found],
             parts=[PARTS[row[0]] for row in found] if parts else (),
             data=data,
         )
@@ -74,13 +76,26 @@ def _folders(root: Path) -> tuple[bool, list[tuple[str, Path]]]:
             hint="Give all three, or none: then 60 / 20 / 20 are split by file name",
         )
     bases = [(part, root / part) for part in parts] or [("train", root)]
-    folders = [(part, f) for part, base in bases for f in sorted(base.iterdir()) if f.is_dir() and f.name[0] != "."]
+    folders = [(part, f) for part, base in bases for f in _listed(base) if f.is_dir()]
     if not folders:
         raise DataError(f"{root} has no class folder", hint="Expected <folder>/<class>/<image files>")
     return bool(parts), folders
 
 
+def _spelling(name: str) -> str:
+    """One of the several ways in which Unicode spells the same word (a Mac's disk spells e-acute as two)."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _images(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name[0] != "." and path.suffix.lower() in SUFFIXES:
+    for path in _listed(folder):
+        if path.is_file() and path.suffix.lower() in SUFFIXES:
             yield path
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, without what is hidden."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.name[0] != ".")
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error.strerror}", hint="Give this user the right to") from None

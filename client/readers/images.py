@@ -25,11 +25,19 @@ def load_image(path: Path, data: DataPart) -> Tensor:
 
 
 def to_tensor(image: Image.Image, data: DataPart) -> Tensor:
-    """(C, H, W) uint8: upright, in the job's colours and size. 16-bit and float images are scaled to 8 bit."""
+    """(C, H, W) uint8: upright, in the job's colours and size. 16-bit and float images are scaled to 8 bit.
+
+    Float images are divided by 1, or by their largest value where that is greater.
+
+    Raises:
+        ValueError: it holds values that are no numbers, or colours that cannot be converted.
+    """
     channels, height, width = data.shape
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith(("I", "F")):
         values = np.asarray(upright, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds values that are no numbers")
         top = 65535.0 if upright.mode.startswith("I") else max(float(values.max()), 1.0)
         upright = Image.fromarray(np.clip(values * 255.0 / top, 0, 255).round().astype(np.uint8))
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:

@@ -62,7 +62,9 @@ def weights(coordinator: Coordinator) -> dict[str, torch.Tensor]:
 def run(job: Job, sites: dict[str, Splits], **options: Any) -> tuple[Coordinator, list[dict[str, Any]]]:
     mend, order = options.pop("mend", lambda r: r), options.pop("order", None)
     heard: list[dict[str, Any]] = []
-    coordinator = Coordinator(job, Disturbed(sites, mend, order), "run", events=Events(listener=heard.append), **options)
+    coordinator = Coordinator(
+        job, Disturbed(sites, mend, order), "run", events=Events(listener=heard.append), **options
+    )
     coordinator.run()
     return coordinator, heard
 
@@ -134,7 +136,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 ) -> None:
     """The server dies between two answers; sites remember on disk, as nodes do, and repeat what they answered."""
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     job = make_job(method={"name": method}, federation={"rounds": 3})
@@ -147,12 +149,12 @@ def test_killed_and_resumed_equals_uninterrupted(
             for reply in InProcess.run(self, instructions):
                 if answers == kill_at and reply.kind == "train":
                     answers += 1
-                    raise Killed
+                    raise KilledError
                 answers += 1
                 yield reply
 
     engine = Fragile(sites, lambda r: r, None, lambda name: DiskState(tmp_path / "nodes", name))
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         Coordinator(job, engine, "run", folder=tmp_path).run()
     resumed = Coordinator(job, engine, "run", folder=tmp_path)
     outcome = resumed.run()
@@ -188,7 +190,7 @@ def test_totals_by_hand(make_job: Maker, sites: dict[str, Splits]) -> None:
     assert totals.optimizer_resets == 10
     size = sum(t.numel() * 4 for t in coordinator.state["model"].values())
     assert totals.bytes_up == totals.bytes_down == 2 * 5 * size
-    assert [e for e in heard if e["event"] == "round"][0]["examples"] == counts
+    assert next(e for e in heard if e["event"] == "round")["examples"] == counts
 
 
 def test_partial_participation_is_seeded(make_job: Maker, sites: dict[str, Splits]) -> None:
@@ -202,7 +204,7 @@ def test_partial_participation_is_seeded(make_job: Maker, sites: dict[str, Split
 def test_best_round_is_chosen_on_validation_only(make_job: Maker, sites: dict[str, Splits], tmp_path: Path) -> None:
     """With an exploding rate the last model is worse than an earlier one; test metrics never steer."""
     job = make_job(federation={"select": "best", "rounds": 4}, train={"lr": 1.0, "schedule": "constant"})
-    coordinator, heard = run(job, sites, folder=tmp_path)
+    coordinator, _ = run(job, sites, folder=tmp_path)
     curve = [row["accuracy"] for row in coordinator.progress.curve]
     assert coordinator.progress.best is not None
     score, at = coordinator.progress.best
@@ -256,9 +258,7 @@ def test_an_unwilling_evaluator_is_said_and_left_out(make_job: Maker, sites: dic
                     yield from InProcess.run(self, [instruction])
 
     heard: list[dict[str, Any]] = []
-    outcome = Coordinator(
-        make_job(), Mute(sites, lambda r: r, None), "run", events=Events(listener=heard.append)
-    ).run()
+    outcome = Coordinator(make_job(), Mute(sites, lambda r: r, None), "run", events=Events(listener=heard.append)).run()
     assert set(outcome.per_site) == {"a", "c", "d", "e"}
     assert [(e["site"], e["code"]) for e in heard if e["event"] == "rejected"] == [("b", "timeout")]
 

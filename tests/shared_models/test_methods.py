@@ -16,7 +16,7 @@ from client.workbench import Benches
 from server.coordinator import Coordinator, Outcome
 from shared_models.job import Job
 from shared_models.methods.base import Method, MethodSettings, Progress, make_method, methods, overrides
-from shared_models.sums import PairwiseMean
+from shared_models.sums import Groups, PairwiseMean
 from simulations.engines.inprocess import InProcess
 
 SITES = ("a", "b", "c")
@@ -90,8 +90,9 @@ def test_one_client_fedavg_is_local_training(make_job: Callable[..., Job], make_
     assert all(torch.equal(federated[n], v) for n, v in bench.sent().items())
 
 
-# ---- a quadratic of two clients ---------------------------------------------------------------------------------------
-# f_i(w) = h_i/2 (w - m_i)^2 with h = (1, 3), m = (0, 4): the optimum of the mean is (h_1 m_1 + h_2 m_2)/(h_1 + h_2) = 3.
+# ---- a quadratic of two clients ------------------------------------------------------------------
+# f_i(w) = h_i/2 (w - m_i)^2 with h = (1, 3), m = (0, 4): the optimum of the mean is
+# (h_1 m_1 + h_2 m_2) / (h_1 + h_2) = 3.
 # K local steps of size eta shrink w - m_i by s_i = (1 - eta h_i)^K, so FedAvg's fixed point is
 # w = sum (1 - s_i) m_i / sum (1 - s_i).
 H, M, ETA, K = (1.0, 3.0), (0.0, 4.0), 0.1, 10
@@ -169,8 +170,10 @@ def test_pieces_work_under_vmap() -> None:
         kept = {"control": {"w": torch.randn(3)}}
         grads, params = torch.randn(2, 3), torch.randn(2, 3)
 
-        def piece(g: torch.Tensor, p: torch.Tensor, method: Method = method) -> torch.Tensor:
-            return method.grad({"w": g}, {"w": p}, method.begin_round(down, kept))["w"]
+        state = method.begin_round(down, kept)
+
+        def piece(g: torch.Tensor, p: torch.Tensor, method: Method = method, state: Groups = state) -> torch.Tensor:
+            return method.grad({"w": g}, {"w": p}, state)["w"]
 
         stacked = torch.func.vmap(piece)(grads, params)
         torch.testing.assert_close(stacked, torch.stack([piece(g, p) for g, p in zip(grads, params, strict=True)]))

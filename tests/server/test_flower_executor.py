@@ -1,0 +1,261 @@
+"""The Flower executor against a grid in memory that loses, delays, garbles and misattributes what real nodes send.
+
+Real processes are in `tests/test_federation.py`; here every fault comes on demand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.readers.base import Splits
+from client.workbench import Benches
+from server import flower_executor
+from server.coordinator import Coordinator
+from server.events import Events
+from server.flower_executor import FlowerExecutor
+from server.nodes import Node
+from shared_models.errors import DeploymentError
+from shared_models.flower import from_record, to_record
+from shared_models.job import Job
+from shared_models.messages import Contribution, Instruction, refusal
+from shared_models.wire import decode_instruction, encode_contribution
+from simulations.engines.inprocess import InProcess
+
+Answer = Callable[[Instruction], Contribution | RecordDict | Error | None]
+
+
+@dataclass
+class Roster:
+    """Sites by Flower node id; revoked ones as the server's database would say."""
+
+    ids: dict[str, int]
+    revoked: set[str] = field(default_factory=set)
+
+    def nodes(self) -> list[Node]:
+        return [Node(s, b"", i, s, 0.0, 1.0 if s in self.revoked else None) for s, i in self.ids.items()]
+
+
+class Grid:
+    """Hands each message to a function and keeps the reply until it is pulled."""
+
+    def __init__(self, roster: Roster, answer: Answer, newest_first: bool = False) -> None:
+        self.roster = roster
+        self.answer = answer
+        self.newest_first = newest_first
+        self.offline: set[str] = set()
+        self.asked: list[tuple[str, str]] = []
+        self._replies: dict[str, Message] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [i for s, i in self.roster.ids.items() if s not in self.offline]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = f"m{len(self.asked)}"
+            instruction = decode_instruction(*from_record(message.content))
+            self.asked.append((instruction.kind, instruction.site))
+            made = self.answer(instruction)
+            if isinstance(made, Contribution):
+                made = to_record(*encode_contribution(made))
+            if made is not None:
+                self._replies[message.metadata.message_id] = Message(made, reply_to=message)
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+        order = list(ids)[::-1] if self.newest_first else list(ids)
+        return [self._replies.pop(i) for i in order if i in self._replies]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    for name in ("POLL", "WAIT_POLL", "REPROBE"):
+        monkeypatch.setattr(flower_executor, name, 0.01)
+    monkeypatch.setattr(flower_executor, "LOST_AFTER", 0.05)
+
+
+@pytest.fixture
+def engine(make_splits: Callable[..., Splits]) -> InProcess:
+    sites = {name: make_splits(i, count=16) for i, name in enumerate("abc")}
+    return InProcess(list(sites), sites.__getitem__, Benches())
+
+
+def federation(job: Job, answer: Answer, timeout: float = 5.0, **options: Any) -> tuple[Coordinator, Grid, list[Any]]:
+    roster = Roster({"a": 11, "b": 12, "c": 13})
+    grid = Grid(roster, answer, **options)
+    heard: list[Any] = []
+    events = Events(listener=heard.append)
+    executor = FlowerExecutor(grid, roster, timeout, events)  # type: ignore[arg-type]
+    return Coordinator(job, executor, "run", events=events), grid, heard
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_the_network_does_not_change_a_bit(make_job: Callable[..., Job], engine: InProcess, newest_first: bool) -> None:
+    import torch
+
+    job = make_job(method={"name": "scaffold"})
+    expected = Coordinator(job, engine, "run").run()
+    fresh = InProcess(engine.names, engine.splits, Benches())
+    coordinator, grid, _ = federation(job, lambda i: fresh.handler(i.site).handle(i), newest_first=newest_first)
+    found = coordinator.run()
+    assert all(torch.equal(found.model[n], t) for n, t in expected.model.items())
+    assert found.all_sites == expected.all_sites
+    assert [k for k, _ in grid.asked] == ["probe"] * 3 + ["train"] * 6 + ["evaluate"] * 3
+
+
+FAULTS: dict[str, tuple[str, Callable[[Contribution], Any]]] = {
+    "flower-error-2": ("an exception in the worker", lambda r: Error(2, "RuntimeError: canary")),
+    "malformed": ("no message of ours", lambda r: RecordDict()),
+    "wrong-site": ("another site's name", lambda r: replace(r, site="a")),
+    "timeout": ("silence", lambda r: None),
+    "stale-round": ("an answer to another run", lambda r: replace(r, run="other")),
+}
+
+
+@pytest.mark.parametrize("code", FAULTS)
+def test_faults_of_a_node_become_codes(make_job: Callable[..., Job], engine: InProcess, code: str) -> None:
+    fault = FAULTS[code][1]
+
+    def answer(instruction: Instruction) -> Any:
+        reply = engine.handler(instruction.site).handle(instruction)
+        return fault(reply) if (instruction.site, instruction.kind) == ("b", "train") else reply
+
+    coordinator, _, heard = federation(make_job(federation={"rounds": 1}), answer, timeout=0.3)
+    coordinator.run()
+    assert [(e["site"], e["code"]) for e in heard if e["event"] == "rejected"] == [("b", code)]
+    assert next(e["sites"] for e in heard if e["event"] == "round") == ["a", "c"]
+    assert "canary" not in str(heard)
+
+
+def test_a_node_that_goes_offline_is_given_up(make_job: Callable[..., Job], engine: InProcess) -> None:
+    def answer(instruction: Instruction) -> Any:
+        if (instruction.site, instruction.kind) == ("b", "train"):
+            grid.offline.add("b")
+            return None
+        return engine.handler(instruction.site).handle(instruction)
+
+    coordinator, grid, heard = federation(make_job(federation={"rounds": 2}), answer, timeout=60.0)
+    coordinator.run()
+    assert [(e["site"], e["code"]) for e in heard if e["event"] == "rejected"] == [("b", "lost")]
+    assert [e["sites"] for e in heard if e["event"] == "round"] == [["a", "c"]] * 2
+
+
+def test_a_revoked_site_is_not_believed(make_job: Callable[..., Job], engine: InProcess) -> None:
+    """Its answer of the very round in which it is revoked does not count, and it is asked no more."""
+
+    def answer(instruction: Instruction) -> Any:
+        if instruction.kind == "train":
+            grid.roster.revoked.add("b")
+        return engine.handler(instruction.site).handle(instruction)
+
+    coordinator, grid, heard = federation(make_job(), answer)
+    coordinator.run()
+    assert [(e["site"], e["code"]) for e in heard if e["event"] == "rejected"] == [("b", "revoked")]
+    assert ("evaluate", "b") not in grid.asked
+
+
+def test_waiting_is_bounded_and_says_who_is_missing(make_job: Callable[..., Job], engine: InProcess) -> None:
+    job = make_job(federation={"min_sites": 3, "wait": 0.1})
+    coordinator, grid, heard = federation(
+        job,
+        lambda i: refusal(i, "not-approved") if i.site == "c" else engine.handler(i.site).handle(i),
+    )
+    grid.offline.add("a")
+    with pytest.raises(DeploymentError, match=r"1 of 3 needed sites.*\(a: offline, c: not-approved\)"):
+        coordinator.run()
+    assert [e["missing"] for e in heard if e["event"] == "waiting"] == [{"a": "offline", "c": "not-approved"}]
+    assert [(e["site"], e["code"]) for e in heard if e["event"] == "refused"] == [("c", "not-approved")]
+
+
+def test_a_site_that_approves_later_joins(make_job: Callable[..., Job], engine: InProcess) -> None:
+    probes = []
+
+    def answer(instruction: Instruction) -> Any:
+        if instruction.site == "c" and instruction.kind == "probe":
+            probes.append(1)
+            if len(probes) < 3:
+                return refusal(instruction, "not-approved")
+        return engine.handler(instruction.site).handle(instruction)
+
+    coordinator, _, heard = federation(make_job(federation={"min_sites": 3, "wait": 5}), answer)
+    coordinator.run()
+    assert next(e["sites"] for e in heard if e["event"] == "round") == ["a", "b", "c"]
+
+
+def test_another_model_is_refused_before_training_and_the_difference_named(
+    make_job: Callable[..., Job], engine: InProcess
+) -> None:
+    other = Benches()
+
+    def answer(instruction: Instruction) -> Any:
+        reply = engine.handler(instruction.site).handle(instruction)
+        if instruction.kind == "probe" and instruction.site == "b":
+            narrow = instruction.job.replace(model={"hidden": [7]})
+            return replace(reply, code="fingerprint", document=other(narrow).spec.document)
+        return reply
+
+    coordinator, grid, heard = federation(make_job(), answer)
+    coordinator.run()
+    (refused,) = [e for e in heard if e["event"] == "refused"]
+    assert refused["site"] == "b"
+    assert refused["detail"].startswith("'model.hidden")
+    assert ("train", "b") not in grid.asked
+
+
+def test_runs_are_named_and_leased_once(tmp_path: Path, make_job: Callable[..., Job]) -> None:
+    from server.runs import create_run, find_run, list_runs, renew_leases
+    from shared_models.errors import CompatibilityError, ConfigError
+
+    class Control:
+        def __init__(self) -> None:
+            self.state: dict[int, str] = {}
+            self.stopped: list[int] = []
+
+        def start_run(self, config: dict[str, Any]) -> int:
+            self.state[len(self.state) + 1] = "running"
+            return len(self.state)
+
+        def runs(self) -> dict[int, str]:
+            return self.state
+
+        def stop_run(self, run: int) -> None:
+            self.stopped.append(run)
+            self.state[run] = "finished:stopped"
+
+    control, job = Control(), make_job()
+    run = create_run(tmp_path, job)
+    assert create_run(tmp_path, job).id == f"{run.id}-2"
+    assert run.job().hash == job.hash
+    assert renew_leases(tmp_path, control, tmp_path) == [], "a run without a lease yet is left alone"  # type: ignore[arg-type]
+    from server.runs import lease
+
+    lease(run, control, tmp_path)  # type: ignore[arg-type]
+    assert renew_leases(tmp_path, control, tmp_path) == []  # type: ignore[arg-type]
+    run.write(state="running")
+    with run.carried():
+        assert renew_leases(tmp_path, control, tmp_path) == []  # type: ignore[arg-type]
+    assert renew_leases(tmp_path, control, tmp_path) == [f"run {run.id} goes on from its checkpoint"]  # type: ignore[arg-type]
+    assert control.stopped == [1]
+    assert (run.status().lease, run.status().leases, run.status().state) == (2, 2, "submitted")
+    for _ in range(3):
+        control.state[run.status().lease] = "finished:failed"
+        renew_leases(tmp_path, control, tmp_path)  # type: ignore[arg-type]
+    control.state[run.status().lease] = "finished:failed"
+    assert renew_leases(tmp_path, control, tmp_path) == [f"run {run.id} failed: its process ended 5 times"]  # type: ignore[arg-type]
+    assert [r.id for r in list_runs(tmp_path)] == [run.id, f"{run.id}-2"]
+    with pytest.raises(ConfigError, match="there is no run 'nothing'"):
+        find_run(tmp_path, "nothing")
+    with pytest.raises(ConfigError, match=r"there is no run '\.\./x'"):
+        find_run(tmp_path, "../x")
+    with pytest.raises(CompatibilityError, match="only a simulation can do"):
+        create_run(tmp_path, job.replace(place="centralized"))
