@@ -15,6 +15,7 @@ from client.workbench import Workbench, determinism
 from shared_models.checks import check_contribution
 from shared_models.errors import FedzooError, FingerprintError
 from shared_models.job import Job
+from shared_models.keys import key, keyed_global
 from shared_models.messages import Contribution, Instruction, refusal
 from shared_models.spec import require_same
 from shared_models.sums import Groups
@@ -73,7 +74,7 @@ class Handler:
         if stored is not None:
             log.info("round %d was answered before; the same answer is sent again", instruction.round)
             return stored
-        kept = self.state.load(instruction.run)
+        kept = {owner: _on(bench.device, groups) for owner, groups in self.state.load(instruction.run).items()}
         bench.load(dict(instruction.groups["model"]), kept.get("personal", {}))
         metrics = {
             f"{part}/{task}/{name}": value
@@ -85,9 +86,11 @@ class Handler:
         examples = self._examples(splits, "train", instruction.task, instruction.job)
         if not len(examples):
             return self._reply(instruction, code="no-data", metrics=metrics)
-        if instruction.kind == "end_task":
-            return self._end_task(instruction, bench, examples, kept)
-        return self._train(instruction, bench, examples, kept, metrics)
+        where = {"task": instruction.task, "round": instruction.round}
+        with keyed_global(key(instruction.job.seed, instruction.kind, site=self.site, **where), bench.device):
+            if instruction.kind == "end_task":
+                return self._end_task(instruction, bench, examples, kept)
+            return self._train(instruction, bench, examples, kept, metrics)
 
     def _probe(self, instruction: Instruction, bench: Workbench) -> Contribution:
         """Would this node train that model, and can it read its data? Its own document goes up for comparison."""
@@ -107,7 +110,7 @@ class Handler:
         kept: dict[str, Groups],
         metrics: dict[str, torch.Tensor],
     ) -> Contribution:
-        down = {g: {n: t.to(bench.device) for n, t in ts.items()} for g, ts in instruction.groups.items()}
+        down = _on(bench.device, instruction.groups)
         states = [piece.begin_round(down, kept.get(piece.name, {})) for piece in bench.pieces]
         progress = train(bench, examples, instruction, states)
         after = dict(kept)
@@ -122,7 +125,7 @@ class Handler:
             samples=progress.samples,
             steps=progress.steps,
             metrics=metrics,
-            groups=up,
+            groups=_on(torch.device("cpu"), up),
         )
         check_contribution(reply, instruction, down, instruction.job.federation.max_update_norm)
         self.state.save(instruction, after, reply)
@@ -132,6 +135,7 @@ class Handler:
         self, instruction: Instruction, bench: Workbench, examples: Examples, kept: dict[str, Groups]
     ) -> Contribution:
         after = dict(kept)
+        bench.model.eval()
         for piece in bench.pieces:
             batches = _in_order(examples, bench.device)
             after[piece.name] = piece.end_task(bench.model, bench.task, batches, kept.get(piece.name, {}))
@@ -152,6 +156,11 @@ class Handler:
             instruction.round,
             **fields,  # type: ignore[arg-type]
         )
+
+
+def _on(device: torch.device, groups: Groups) -> Groups:
+    """The same tensors where they lie there already, copies else: a network, a disk and a sum know only the CPU."""
+    return {g: {n: t.to(device) for n, t in ts.items()} for g, ts in groups.items()}
 
 
 def _in_order(examples: Examples, device: torch.device) -> Iterator[Batch]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from shared_models.errors import FingerprintError
 from shared_models.job import Job, TrainPart
 from shared_models.methods.base import make_pieces
 from shared_models.spec import build_model
@@ -33,15 +35,21 @@ class Workbench:
         self.entries: dict[str, Tensor] = {k: v.detach() for k, v in self.model.state_dict(keep_vars=True).items()}
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(job.train, list(self.trained.values()))
-        sent = set(self.spec.sent)
-        local = [e.key for e in self.spec.entries if e.key not in sent and e.nature != "alias"]
+        self._sent = frozenset(self.spec.sent)
+        local = [e.key for e in self.spec.entries if e.key not in self._sent and e.nature != "alias"]
         self._initial = {k: self.entries[k].clone() for k in local}
 
-    def load(self, model: dict[str, Tensor] | Groups, personal: Groups) -> None:
-        """Begin a round: sent entries from the server, personal ones from the node, all others as initialised."""
+    def load(self, model: Mapping[str, Tensor], personal: Groups) -> None:
+        """Begin a round: sent entries from the server, personal ones from the node, all others as initialised.
+
+        Raises:
+            FingerprintError: the server's are not exactly the sent entries, with their shapes and dtypes.
+        """
+        self._require_sent(model)
         received = {**self._initial, **personal.get("model", {}), **model}
-        torch._foreach_copy_([self.entries[k] for k in received], list(received.values()))  # type: ignore[arg-type]
+        torch._foreach_copy_([self.entries[k] for k in received], list(received.values()))
         self.optimizer.state.clear()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def sent(self) -> dict[str, Tensor]:
         """The entries that go up: views of the live model, valid until the next `load`."""
@@ -50,6 +58,18 @@ class Workbench:
     def personal(self) -> Groups:
         """The entries that stay on the node."""
         return {"model": {k: self.entries[k] for k in self.spec.personal}}
+
+    def _require_sent(self, model: Mapping[str, Tensor]) -> None:
+        for name in {**model, **dict.fromkeys(self.spec.sent)}:
+            if name not in model or name not in self._sent:
+                what = "is missing" if name not in model else "is not for the server to give"
+                raise FingerprintError(f"the server's model is not this node's: '{name[:80]}' {what}")
+            given, ours = model[name], self.entries[name]
+            if given.shape != ours.shape or given.dtype != ours.dtype:
+                raise FingerprintError(
+                    f"the server's '{name}' is {given.dtype} {tuple(given.shape)}, "
+                    f"this node's is {ours.dtype} {tuple(ours.shape)}"
+                )
 
 
 class Benches:
@@ -79,6 +99,7 @@ def determinism(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses matrix products on CUDA
     threads, kernels = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

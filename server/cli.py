@@ -91,16 +91,21 @@ def invite(
     hours: Annotated[float, typer.Option(help="How long the invite is good for.")] = 24.0,
 ) -> None:
     """Print an invite: one string that lets one site enroll once."""
+    typer.echo(make_invite(dir, site, hours))
+
+
+def make_invite(server_dir: Path, site: str, hours: float) -> str:
+    """A new invite; raises ConfigError or EnrollmentError as `Roster.invite`."""
     from server.authority import Authority
     from server.config import ServerFolder, load
     from server.nodes import Roster
     from shared_models.invite import Invite, encode
 
-    folder = ServerFolder(dir)
-    config = load(dir)
+    folder = ServerFolder(server_dir)
+    config = load(server_dir)
     fingerprint = Authority.load(folder.pki).fingerprint
     token, expires = Roster(folder.nodes).invite(site, hours * 3600)
-    typer.echo(encode(Invite(config.public(config.ports.enrollment), fingerprint, token, expires, site)))
+    return encode(Invite(config.public(config.ports.enrollment), fingerprint, token, expires, site))
 
 
 @app.command()

@@ -16,6 +16,7 @@ from server.cli import DEFAULT_DIR, Dir, Json
 if TYPE_CHECKING:
     from server.flower_control import FlowerControl
     from server.runs import RunFolder
+    from shared_models.job import Job
 
 app = typer.Typer(name="run", help="Submit jobs to the server on this machine, and follow them.", no_args_is_help=True)
 Run = Annotated[str, typer.Argument(help="The run's id, or `last`.")]
@@ -32,15 +33,10 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Submit a job. Prints the run's id and the job's hash, which every site must approve."""
-    from server.config import ServerFolder
-    from server.runs import create_run, lease
     from shared_models.job import Job
 
     resolved = Job.load(job, set or ())
-    with _control(dir) as control:
-        control.runs()  # fails here, before a folder is made, where no server runs
-        folder = create_run(ServerFolder(dir).runs, resolved)
-        lease(folder, control, dir)
+    folder = submit_job(dir, resolved)
     if as_json:
         typer.echo(json.dumps({"run": folder.id, "job": resolved.hash, "folder": str(folder.path)}))
     else:
@@ -49,6 +45,23 @@ def submit(
         typer.echo(f"A site agrees with: fedzoo client start --approve {resolved.hash}")
     if watch:
         _follow(folder, as_json)
+
+
+def submit_job(server_dir: Path, job: Job) -> RunFolder:
+    """Make a run of a resolved job and start it.
+
+    Raises:
+        DeploymentError: the server does not run; no folder is left then.
+        CompatibilityError: the job can only be simulated.
+    """
+    from server.config import ServerFolder
+    from server.runs import create_run, lease
+
+    with _control(server_dir) as control:
+        control.runs()
+        folder = create_run(ServerFolder(server_dir).runs, job)
+        lease(folder, control, server_dir)
+    return folder
 
 
 @app.command("list")

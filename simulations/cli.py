@@ -60,19 +60,18 @@ def compare(
 ) -> None:
     """Compare paradigms: same data, same split, same seeds, same budget."""
     from shared_models.job import Job
-    from simulations.compare import as_places, as_times, compare, count_rounds, load_sites
+    from simulations.compare import as_paradigms, compare, count_rounds, load_sites
 
     resolved = Job.load(job, set or ())
-    places, times = as_places(place), as_times(time)
+    paradigms = as_paradigms(place, time)
     chosen = range(resolved.seed, resolved.seed + seeds)
     sites = load_sites(resolved, job.parent)
     folder = _folder(out, f"{resolved.name}-compare")
-    with progress(count_rounds(resolved, sites, places, times, seeds), quiet=as_json) as listen:
+    with progress(count_rounds(resolved, sites, paradigms, seeds), quiet=as_json) as listen:
         comparison = compare(
             resolved,
             sites,
-            places=places,
-            times=times,
+            paradigms=paradigms,
             seeds=chosen,
             folder=folder,
             command=_command(),

@@ -20,12 +20,14 @@ from shared_models.errors import ConfigError, FedzooError
 from shared_models.job import Job
 from shared_models.spec import build_model
 from shared_models.tasks.base import tasks
-from simulations.paradigms import Result, Setting, paradigms
+from simulations.paradigms import Result, Setting
+from simulations.paradigms import paradigms as places
 from simulations.partition import SitePopulation, make_partition
 from simulations.results import Budget, Cell, Comparison, Partition, Place, Time
 
 PLACES: tuple[Place, ...] = ("centralized", "federated", "isolated")
 TIMES: tuple[Time, ...] = ("offline", "continual")
+OFFLINE: tuple[tuple[Place, Time], ...] = tuple((place, "offline") for place in PLACES)
 
 Listen = Callable[[str, int, dict[str, Any]], None]
 """(cell name, seed, event) for every event of every run."""
@@ -68,8 +70,7 @@ def compare(
     job: Job,
     sites: SitePopulation,
     *,
-    places: Sequence[Place] = PLACES,
-    times: Sequence[Time] = ("offline",),
+    paradigms: Sequence[tuple[Place, Time]] = OFFLINE,
     seeds: Sequence[int] = (0, 1, 2),
     folder: Path | None = None,
     command: str = "",
@@ -82,8 +83,7 @@ def compare(
     Args:
         job: place, time and seed of it are replaced by the cells'.
         sites: the one split that all cells share.
-        places: of learning.
-        times: of learning.
+        paradigms: (place, time) of each cell.
         seeds: of initialisation and order.
         folder: receives one sub-folder for each run; None keeps nothing.
         command: how to repeat it, for the report.
@@ -92,32 +92,29 @@ def compare(
         listen: hears every event.
     """
     benches = Benches()
-    cells, failed_all = [], []
-    fingerprint = ""
-    for time in times:
-        for place in places:
-            name = f"{place}, {time}"
-            results: list[Result] = []
-            error = None
-            for seed in seeds:
-                try:
-                    setting = Setting(
-                        variant(job, place, time, seed),
-                        sites,
-                        benches,
-                        run=f"{place}-{time}-{seed}",
-                        folder=folder / f"{place}-{time}-{seed}" if folder else None,
-                        listener=(lambda e, n=name, s=seed: listen(n, s, e)) if listen else None,  # type: ignore[misc]
-                    )
-                    results.append(paradigms[place](setting))
-                except FedzooError as problem:
-                    error = str(problem)
-                    failed_all.append(problem)
-                    break
-            cells.append(_cell(place, time, results, error))
-            fingerprint = fingerprint or (results[0].fingerprint if results and place == "federated" else "")
-    if len(failed_all) == len(cells):
-        raise failed_all[0]
+    cells, failures = [], []
+    for place, time in paradigms:
+        name = f"{place}, {time}"
+        results: list[Result] = []
+        error = None
+        for seed in seeds:
+            try:
+                setting = Setting(
+                    variant(job, place, time, seed),
+                    sites,
+                    benches,
+                    run=f"{place}-{time}-{seed}",
+                    folder=folder / f"{place}-{time}-{seed}" if folder else None,
+                    listener=(lambda e, n=name, s=seed: listen(n, s, e)) if listen else None,  # type: ignore[misc]
+                )
+                results.append(places[place](setting))
+            except FedzooError as problem:
+                error = str(problem)
+                failures.append(problem)
+                break
+        cells.append(_cell(place, time, results, error))
+    if len(failures) == len(cells):
+        raise failures[0]
     return Comparison(
         title=title or f"{job.name}: paradigms compared",
         created=datetime.now(UTC).replace(microsecond=0),
@@ -125,7 +122,7 @@ def compare(
         command=command,
         job=job.model_dump(mode="json"),
         job_hash=job.hash,
-        fingerprint=fingerprint or build_model(job)[1].fingerprint,
+        fingerprint=build_model(job)[1].fingerprint,
         demo=demo,
         partition=Partition(kind=sites.partition.kind, hash=sites.partition.hash, sites=_named_counts(job, sites)),
         environment=environment(),
@@ -142,7 +139,7 @@ def run_one(job: Job, sites: SitePopulation, folder: Path, command: str, listen:
     name = f"{job.place}, {job.time}"
     listener = (lambda event: listen(name, job.seed, event)) if listen else None
     setting = Setting(job, sites, Benches(), run=folder.name, folder=folder, listener=listener)
-    result = paradigms[job.place](setting)
+    result = places[job.place](setting)
     return Comparison(
         title=job.name,
         created=datetime.now(UTC).replace(microsecond=0),
@@ -229,14 +226,10 @@ def _named_counts(job: Job, sites: SitePopulation) -> dict[str, dict[str, dict[s
     }
 
 
-def as_places(text: str) -> list[Place]:
-    """`federated,isolated` -> places; raises ConfigError."""
-    return cast(list[Place], _choices(text, PLACES, "place"))
-
-
-def as_times(text: str) -> list[Time]:
-    """`offline,continual` -> times; raises ConfigError."""
-    return cast(list[Time], _choices(text, TIMES, "time"))
+def as_paradigms(places_text: str, times_text: str) -> list[tuple[Place, Time]]:
+    """`federated,isolated` and `offline,continual` -> every pair, offline first; raises ConfigError."""
+    chosen = cast(list[Place], _choices(places_text, PLACES, "place"))
+    return [(place, time) for time in cast(list[Time], _choices(times_text, TIMES, "time")) for place in chosen]
 
 
 def _choices(text: str, known: Sequence[str], what: str) -> list[str]:
@@ -249,7 +242,7 @@ def _choices(text: str, known: Sequence[str], what: str) -> list[str]:
     return list(dict.fromkeys(names)) or list(known)
 
 
-def count_rounds(job: Job, sites: SitePopulation, places: Sequence[Place], times: Sequence[Time], seeds: int) -> int:
+def count_rounds(job: Job, sites: SitePopulation, paradigms: Sequence[tuple[Place, Time]], seeds: int) -> int:
     """Rounds that `compare` will make: an isolated cell makes its own at every site."""
-    runs = sum(len(sites.names) if place == "isolated" else 1 for place in places)
-    return job.federation.rounds * runs * len(times) * seeds
+    runs = sum(len(sites.names) if place == "isolated" else 1 for place, _ in paradigms)
+    return job.federation.rounds * runs * seeds

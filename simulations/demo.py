@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,23 +20,24 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from client.enroll import enroll
 from client.readers.base import PARTS
-from server.run_cli import describe, follow
+from server.cli import init, make_invite
+from server.run_cli import describe, follow, submit_job
 from server.runs import RunFolder
 from shared_models.errors import ConfigError, DeploymentError
 from shared_models.job import Job
 from shared_models.process import Child, free_port
 from simulations import report, results
 from simulations.cli import progress
-from simulations.compare import compare, count_rounds, load_sites
+from simulations.compare import OFFLINE, compare, count_rounds, load_sites
 from simulations.partition import SitePopulation
 from simulations.results import Place, Time
 from simulations.statistics import verdicts
 
 MARK = ".fedzoo-demo"
 SEEDS = (0, 1, 2)
-PLACES: tuple[Place, ...] = ("centralized", "federated", "isolated")
-TIMES: tuple[Time, ...] = ("offline", "continual")
+PARADIGMS: tuple[tuple[Place, Time], ...] = (*OFFLINE, ("centralized", "continual"), ("federated", "continual"))
 START_SECONDS = 90.0
 PORTS = ("fleet", "control", "enroll", "member")
 
@@ -64,20 +63,18 @@ def run(folder: Path) -> None:
         console.print(f"server up: own certificate authority, TLS, node authentication ({folder / 'server'})")
         _start_nodes(folder, sites.names, job, children)
         console.print(f"{len(sites.names)} nodes enrolled by invite; each approved the one job {job.hash[:16]}…")
-        submitted = _fedzoo_json("run", "submit", str(folder / "job.toml"), "--dir", str(server), "--json")
-        run_folder = RunFolder(Path(submitted["folder"]))
+        run_folder = submit_job(server, job)
         _watch(run_folder, job, console)
     console.print(f"every process is stopped; {time.monotonic() - started:.0f} s so far")
     console.rule("2  The same budget in the simulator: who holds the data, and when")
     console.print(
         "A centralized baseline exists only because this is a demo: here one machine holds all three folders."
     )
-    with progress(count_rounds(job, sites, PLACES, TIMES, len(SEEDS))) as listen:
+    with progress(count_rounds(job, sites, PARADIGMS, len(SEEDS))) as listen:
         comparison = compare(
             job,
             sites,
-            places=PLACES,
-            times=TIMES,
+            paradigms=PARADIGMS,
             seeds=SEEDS,
             folder=folder / "comparison",
             command="fedzoo demo",
@@ -131,8 +128,7 @@ def _make_folder(folder: Path) -> None:
 
 def _start_server(folder: Path, children: contextlib.ExitStack) -> Path:
     server = folder / "server"
-    ports = [word for name in PORTS for word in (f"--{name}-port", str(free_port()))]
-    _fedzoo("server", "init", "--dir", str(server), *ports)
+    init(server, host=None, **{f"{name}_port": free_port() for name in PORTS})
     child = Child("server", _command("server", "start", "--dir", str(server)), folder / "server.log")
     children.callback(child.stop)
     _wait(child, lambda: "ready:" in child.tail(), "the server did not start")
@@ -140,11 +136,10 @@ def _start_server(folder: Path, children: contextlib.ExitStack) -> Path:
 
 
 def _start_nodes(folder: Path, names: Sequence[str], job: Job, children: contextlib.ExitStack) -> None:
-    server = str(folder / "server")
+    server = folder / "server"
     for site in names:
         node, data = folder / "nodes" / site, folder / "hospitals" / site
-        invite = _fedzoo("server", "invite", site, "--dir", server).strip()
-        _fedzoo("client", "enroll", invite, "--dir", str(node), "--data", str(data), "--format", "imagefolder")
+        enroll(make_invite(server, site, hours=1), node, data, "imagefolder")
         command = _command("client", "start", "--dir", str(node), "--approve", job.hash)
         children.callback(Child(site, command, folder / "nodes" / f"{site}.log").stop)
 
@@ -163,20 +158,6 @@ def _watch(run_folder: RunFolder, job: Job, console: Console) -> None:
 
 def _command(*words: str) -> list[str]:
     return [sys.executable, "-m", "fedzoo", *words]
-
-
-def _fedzoo(*words: str) -> str:
-    """Run one command of ours to its end; its one line of error becomes ours."""
-    done = subprocess.run(_command(*words), capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = done.stderr.strip().removeprefix("error: ") or f"exit code {done.returncode}"
-        raise DeploymentError(f"`fedzoo {' '.join(words[:2])}` failed: {reason}")
-    return done.stdout
-
-
-def _fedzoo_json(*words: str) -> dict[str, str]:
-    found: dict[str, str] = json.loads(_fedzoo(*words))
-    return found
 
 
 def _wait(child: Child, ready: object, what: str) -> None:

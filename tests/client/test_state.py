@@ -191,7 +191,9 @@ def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
 
 
-@pytest.mark.parametrize("damage", [_cut, lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"\xff{]"), Path.unlink])
+@pytest.mark.parametrize(
+    "damage", [_cut, lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"\xff{]"), Path.unlink]
+)
 @pytest.mark.parametrize("name", ["a.kept", "a.answer.json", "a.answer.bin", "current"])
 def test_damage_is_a_data_error_that_names_the_file(
     tmp_path: Path, ask: Callable[..., Instruction], name: str, damage: Callable[[Path], object]

@@ -13,11 +13,22 @@ from client.workbench import Benches
 from shared_models.errors import CompatibilityError, ConfigError, UnknownNameError
 from shared_models.job import Job
 from simulations import results
-from simulations.compare import as_places, as_times, compare, count_rounds, load_sites, read_pool, run_one, variant
+from simulations.compare import (
+    PLACES,
+    TIMES,
+    as_paradigms,
+    compare,
+    count_rounds,
+    load_sites,
+    read_pool,
+    run_one,
+    variant,
+)
 from simulations.paradigms import Setting, paradigms
 from simulations.partition import SitePopulation
 
 Maker = Callable[..., Job]
+EVERY = [(place, time) for time in TIMES for place in PLACES]
 SIMULATION = {"partition": "dirichlet", "alpha": 0.3, "sites": 3}
 
 
@@ -80,9 +91,7 @@ def test_all_sites_accuracy_is_pooled_not_averaged(job: Job, sites: SitePopulati
 
 def test_compare_runs_every_cell_and_leaves_its_traces(job: Job, sites: SitePopulation, tmp_path: Path) -> None:
     heard = []
-    comparison = compare(
-        job, sites, times=("offline", "continual"), seeds=(0, 1), folder=tmp_path, listen=lambda *a: heard.append(a)
-    )
+    comparison = compare(job, sites, paradigms=EVERY, seeds=(0, 1), folder=tmp_path, listen=lambda *a: heard.append(a))
     assert [cell.name for cell in comparison.cells] == [
         f"{place}, {time}" for time in ("offline", "continual") for place in ("centralized", "federated", "isolated")
     ]
@@ -90,9 +99,9 @@ def test_compare_runs_every_cell_and_leaves_its_traces(job: Job, sites: SitePopu
     assert all((cell.matrix is not None) == (cell.time == "continual") for cell in comparison.cells)
     assert comparison.partition.hash == sites.partition.hash
     rounds = sum(1 for _, _, event in heard if event["event"] == "round")
-    assert rounds == count_rounds(job, sites, ["centralized", "federated", "isolated"], ["offline", "continual"], 2)
+    assert rounds == count_rounds(job, sites, EVERY, 2)
     assert Job.load(tmp_path / "federated-offline-1" / "job.toml").seed == 1
-    again = compare(job, sites, places=("federated",), seeds=(0, 1))
+    again = compare(job, sites, paradigms=[("federated", "offline")], seeds=(0, 1))
     assert again.cells[0].all_sites == comparison.cells[1].all_sites
     assert results.load(results.save(comparison, tmp_path / "c.json")) == comparison
 
@@ -105,7 +114,7 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(job: Job, sites: Sit
     assert errors["federated"] is not None
     assert "3 of 3 contributions accepted, 4 needed" in errors["federated"]
     with pytest.raises(Exception, match="4 needed"):
-        compare(job.replace(federation={"min_sites": 4}), sites, places=("federated",), seeds=(0,))
+        compare(job.replace(federation={"min_sites": 4}), sites, paradigms=[("federated", "offline")], seeds=(0,))
 
 
 def test_one_run_reports_itself(job: Job, sites: SitePopulation, tmp_path: Path) -> None:
@@ -143,11 +152,12 @@ def test_methods_mean_nothing_where_nothing_is_aggregated(make_job: Maker) -> No
 
 
 def test_words_and_roots_that_cannot_be(make_job: Maker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert as_places("federated, isolated") == ["federated", "isolated"]
+    assert as_paradigms("federated, isolated", "offline") == [("federated", "offline"), ("isolated", "offline")]
+    assert as_paradigms("", "") == EVERY
     with pytest.raises(ConfigError, match="unknown place 'centralised'.*did you mean 'centralized'"):
-        as_places("centralised")
+        as_paradigms("centralised", "offline")
     with pytest.raises(ConfigError, match="unknown time 'ofline'"):
-        as_times("ofline")
+        as_paradigms("federated", "ofline")
     monkeypatch.delenv("NOWHERE", raising=False)
     with pytest.raises(ConfigError, match="environment variable NOWHERE"):
         read_pool(make_job(simulation={"reader": "imagefolder", "root": "$NOWHERE/x"}), tmp_path)

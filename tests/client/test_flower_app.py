@@ -1,0 +1,175 @@
+"""A Flower message in, a Flower message out, without a network: the records pass through Flower's own serialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from PIL import Image
+
+import client.flower_app
+from client.config import ClientConfig, DataPart, NodeFolder, PolicyPart, ServerPart, save
+from client.flower_app import NodeData, client_app
+from client.handler import Handler
+from client.policy import Policy
+from client.state import MemoryState
+from client.workbench import Benches
+from shared_models.errors import ConfigError, DataError
+from shared_models.flower import from_record, to_record
+from shared_models.job import Job
+from shared_models.messages import Contribution, Instruction
+from shared_models.spec import build_model
+from shared_models.wire import decode_contribution, encode_contribution, encode_instruction
+
+NODE_ID, RUN_ID = 1234567890123456789, 9876543210987654321
+App = Callable[[Message, Context], Message]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    """An enrolled node's folder whose data are thirty images of ten classes."""
+    data = tmp_path / "data"
+    for part in ("train", "validation", "test"):
+        for label in range(10):
+            folder = data / part / str(label)
+            folder.mkdir(parents=True)
+            Image.new("L", (8, 8), 25 * label).save(folder / "1.png")
+    server = ServerPart(fleet="h:1", enrollment="h:2", membership="h:3")
+    root = tmp_path / "node"
+    root.mkdir()
+    save(root, ClientConfig(site="hospital-a", server=server, data=DataPart(folder=data, format="imagefolder")))
+    return root
+
+
+@pytest.fixture
+def instruction(make_job: Callable[..., Job]) -> Instruction:
+    job = make_job()
+    model, spec = build_model(job)
+    groups = {"model": {k: v for k, v in model.state_dict().items() if k in spec.sent}}
+    return Instruction("train", "run-7", "hospital-a", job, spec.fingerprint, evaluate=(("test", 0),), groups=groups)
+
+
+def ask(app: App, content: RecordDict) -> Contribution:
+    """As the resident worker does; what comes back is decoded as on the server."""
+    arrived = recorddict_from_proto(recorddict_to_proto(content))
+    message = Message(arrived, NODE_ID, "train")
+    context = Context(RUN_ID, NODE_ID, {}, RecordDict(), {})
+    reply = app(message, context)
+    assert reply.metadata.reply_to_message_id == message.metadata.message_id
+    return decode_contribution(*from_record(recorddict_from_proto(recorddict_to_proto(reply.content))))
+
+
+def test_a_round_over_flower_is_the_round_in_process(node: Path, instruction: Instruction) -> None:
+    reply = ask(client_app(node, approve=[instruction.job.hash]), to_record(*encode_instruction(instruction)))
+    assert (reply.code, reply.site, reply.run, reply.examples) == ("ok", "hospital-a", "run-7", 10)
+    data = NodeData(client.flower_app.load(node))
+    here = Handler("hospital-a", data, MemoryState(), Policy(approve_all=True), Benches(torch.device("cpu")))
+    assert encode_contribution(here.handle(instruction)) == encode_contribution(reply)
+
+
+def test_nothing_is_named_by_an_id_of_flowers(node: Path, instruction: Instruction) -> None:
+    """After a crash the run comes under another Flower run; it finds its state and is answered from it."""
+    first = ask(client_app(node, approve_all=True), to_record(*encode_instruction(instruction)))
+    names = [str(p.relative_to(node)) for p in node.rglob("*")]
+    assert f"state/hospital-a/{instruction.run}/current" in names
+    assert not any(str(i) in name for name in names for i in (NODE_ID, RUN_ID))
+    again = ask(client_app(node, approve_all=True), to_record(*encode_instruction(instruction)))
+    assert encode_contribution(again) == encode_contribution(first)
+
+
+def test_without_approval_a_request_is_left(node: Path, instruction: Instruction) -> None:
+    reply = ask(client_app(node), to_record(*encode_instruction(instruction)))
+    assert (reply.code, reply.site, reply.groups) == ("not-approved", "hospital-a", {})
+    assert (NodeFolder(node).requests / f"{instruction.job.hash}.toml").exists()
+    assert not NodeFolder(node).state.exists()
+
+
+def test_approval_in_client_toml(node: Path, instruction: Instruction) -> None:
+    config = client.flower_app.load(node)
+    for policy, code in (
+        (PolicyPart(approve=(instruction.job.hash,)), "ok"),
+        (PolicyPart(approve_all=True), "ok"),
+        (PolicyPart(approve=("0" * 64,)), "not-approved"),
+    ):
+        save(node, config.model_copy(update={"policy": policy}))
+        assert ask(client_app(node), to_record(*encode_instruction(instruction))).code == code
+
+
+def test_a_wrong_hash_ends_the_start(node: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a job hash"):
+        client_app(node, approve=["yes"])
+    with pytest.raises(ConfigError, match="Enroll first"):
+        client_app(tmp_path / "nowhere")
+
+
+def _swapped(instruction: Instruction) -> RecordDict:
+    manifest, blob = encode_instruction(instruction)
+    return to_record(blob, manifest)
+
+
+def _flipped(instruction: Instruction) -> RecordDict:
+    manifest, blob = encode_instruction(instruction)
+    return to_record(manifest, bytes([blob[0] ^ 1]) + blob[1:])
+
+
+def _other_job(instruction: Instruction) -> RecordDict:
+    manifest, blob = encode_instruction(instruction)
+    return to_record(manifest.replace(b'"name":"mlp"', b'"name":"mlq"'), blob)
+
+
+def _path_as_run(instruction: Instruction) -> RecordDict:
+    manifest, blob = encode_instruction(instruction)
+    assert b'"run":"run-7"' in manifest
+    return to_record(manifest.replace(b'"run":"run-7"', b'"run":"../up"'), blob)
+
+
+def _other_version(instruction: Instruction) -> RecordDict:
+    manifest, blob = encode_instruction(instruction)
+    return to_record(manifest.replace(b'"version":1', b'"version":99'), blob)
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda i: RecordDict(), "malformed"),
+        (lambda i: RecordDict({"manifest": ConfigRecord({"manifest": "text"})}), "malformed"),
+        (lambda i: RecordDict({"manifest": ArrayRecord({}), "blob": ConfigRecord({})}), "malformed"),
+        (lambda i: to_record(b"", b""), "malformed"),
+        (lambda i: to_record(b"\xff\xfe{", b"x"), "malformed"),
+        (lambda i: to_record(b'{"kind": "train"}', b""), "malformed"),
+        (lambda i: to_record(b"[" * 100_000, b""), "malformed"),
+        (_swapped, "malformed"),
+        (_flipped, "malformed"),
+        (_path_as_run, "malformed"),
+        (_other_version, "wire-version"),
+        (_other_job, "unknown-name"),
+    ],
+)
+def test_garbage_gets_a_code_and_runs_nothing(
+    node: Path, instruction: Instruction, monkeypatch: pytest.MonkeyPatch, make: Callable[[Instruction], RecordDict], code: str
+) -> None:  # fmt: skip
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Handler, "handle", never)
+    reply = ask(client_app(node, approve_all=True), make(instruction))
+    assert (reply.code, reply.site, reply.run, reply.groups) == (code, "hospital-a", "unknown", {})
+    assert sorted(p.name for p in node.iterdir()) == ["client.toml"]
+
+
+def test_data_are_read_once_per_preprocessing(node: Path, make_job: Callable[..., Job], monkeypatch) -> None:  # noqa: ANN001
+    data = NodeData(client.flower_app.load(node))
+    first = data(make_job())
+    assert data(make_job(train={"lr": 0.9})) is first
+    other = data(make_job(data={"shape": [1, 4, 4]}))
+    assert other.train.store.images.shape == (30, 1, 4, 4)
+    relabelled = data(make_job(task={"labels": [str(9 - c) for c in range(10)]}))
+    assert relabelled.train.labels.tolist() == list(range(10))
+    assert relabelled.train.store.images[0].unique().tolist() == [225]  # label "9" comes first
+    with pytest.raises(DataError, match="'0', which is not a label"):
+        data(make_job(task={"labels": [str(c) for c in range(1, 11)]}))
+    assert data(make_job()).train.store.images.shape == (30, 1, 8, 8)

@@ -1,0 +1,193 @@
+"""Splits of a pool over sites: everything once, seeded, pinned by a hash, and as skewed as alpha says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from client.readers.base import PARTS, Store, part_of
+from shared_models.errors import ConfigError, DataError
+from shared_models.job import DataPart, SimulationPart
+from simulations.partition import SitePopulation, iid, make_partition, site_names
+
+
+def pool(count: int = 1000, classes: int = 10, sites: Sequence[str] = ()) -> Store:
+    labels = torch.arange(count) % classes
+    images = torch.zeros(count, 1, 1, 1, dtype=torch.uint8)
+    return Store(images, labels, [f"{i:05d}" for i in range(count)], DataPart(shape=(1, 1, 1)), sites=sites)
+
+
+def part(**keys: Any) -> SimulationPart:
+    return SimulationPart(**keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"partition": "iid", "sites": 7},
+        {"partition": "iid", "sites": 1},
+        {"partition": "dirichlet", "sites": 7, "alpha": 0.3},
+        {"partition": "dirichlet", "sites": 5, "alpha": 0.01, "min_examples": 1},
+        {"partition": "dirichlet", "sites": 1, "alpha": 0.3},
+    ],
+)
+def test_every_example_is_at_exactly_one_site(keys: dict[str, Any]) -> None:
+    found = make_partition(pool(), part(**keys))
+    assert list(found.rows) == site_names(keys["sites"])
+    assert np.array_equal(np.sort(np.concatenate(list(found.rows.values()))), np.arange(1000))
+    assert all(np.array_equal(rows, np.sort(rows)) for rows in found.rows.values())
+
+
+def test_iid_sizes_differ_by_at_most_one() -> None:
+    sizes = [len(rows) for rows in make_partition(pool(1000), part(partition="iid", sites=7)).rows.values()]
+    assert sizes == [143] * 6 + [142]
+
+
+def test_as_many_sites_as_examples_and_one_more() -> None:
+    assert [len(rows) for rows in iid(5, 5, np.random.default_rng(0))] == [1] * 5
+    with pytest.raises(ConfigError, match="6 sites cannot share 5 examples"):
+        iid(5, 6, np.random.default_rng(0))
+
+
+def test_site_names_sort_in_their_order() -> None:
+    assert site_names(3) == ["site-1", "site-2", "site-3"]
+    assert site_names(100)[:2] == ["site-001", "site-002"]
+    assert sorted(site_names(100)) == site_names(100)
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+def test_the_seed_alone_decides(kind: str) -> None:
+    def hashed(**keys: Any) -> str:
+        return make_partition(pool(), part(partition=kind, **keys)).hash
+
+    np.random.seed(5)  # noqa: NPY002  (a global generator must not matter)
+    first = hashed(seed=3)
+    np.random.seed(6)  # noqa: NPY002
+    assert hashed(seed=3) == first
+    assert len({first, hashed(seed=4), hashed(seed=3, sites=4)}) == 3
+
+
+def test_the_hash_covers_names_and_rows() -> None:
+    found = make_partition(pool(20), part(partition="iid", sites=2))
+    renamed = type(found)(found.kind, dict(zip(("x", "y"), found.rows.values(), strict=True)))
+    one, two = found.rows.values()
+    moved = type(found)(found.kind, {"site-1": np.append(one, two[0]), "site-2": two[1:]})
+    narrow = type(found)(found.kind, {name: rows.astype(np.int32) for name, rows in found.rows.items()})
+    assert len({found.hash, renamed.hash, moved.hash}) == 3
+    assert narrow.hash == found.hash
+
+
+def test_pinned_hashes() -> None:
+    """A split that changes with a release would make old results incomparable; numpy guarantees these streams."""
+    hashes = {
+        "iid": make_partition(pool(), part(partition="iid", sites=3, seed=0)).hash,
+        "dirichlet": make_partition(pool(), part(partition="dirichlet", sites=3, alpha=0.3, seed=0)).hash,
+    }
+    assert hashes == PINNED
+
+
+PINNED: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("minimum", [1, 50, 250])
+def test_every_site_gets_the_minimum(minimum: int) -> None:
+    for seed in range(5):
+        keys = {"partition": "dirichlet", "alpha": 0.3, "sites": 3, "min_examples": minimum, "seed": seed}
+        assert min(len(rows) for rows in make_partition(pool(), part(**keys)).rows.values()) >= minimum
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"sites": 4, "min_examples": 251},  # more than there is
+        {"sites": 5, "min_examples": 200, "alpha": 0.01},  # exactly what there is, which no draw gives
+    ],
+)
+def test_an_impossible_minimum_is_refused(keys: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"gives every site {keys['min_examples']}.*min_examples"):
+        make_partition(pool(), part(partition="dirichlet", **keys))
+
+
+def shares(alpha: float, seed: int, sites: int = 10) -> np.ndarray:
+    """(sites, classes): the share of each class that lies at each site; 1000 examples a class."""
+    store = pool(10_000)
+    keys = {"partition": "dirichlet", "alpha": alpha, "sites": sites, "min_examples": 1, "seed": seed}
+    rows = make_partition(store, part(**keys)).rows.values()
+    return np.array([np.bincount(store.labels.numpy()[r], minlength=10) for r in rows]) / 1000
+
+
+def test_small_alpha_puts_each_class_at_few_sites_and_large_alpha_spreads_it() -> None:
+    """For p ~ Dir(alpha) over K sites E[sum p_k^2] = (alpha + 1) / (K alpha + 1): 1 is one site, 1/K is even."""
+    for alpha, tolerance in ((0.05, 0.12), (1.0, 0.03), (1000.0, 0.001)):
+        seen = np.mean([(shares(alpha, seed) ** 2).sum(0) for seed in range(5)])
+        assert seen == pytest.approx((alpha + 1) / (10 * alpha + 1), abs=tolerance)
+    assert np.abs(shares(1000.0, 0) - 0.1).max() < 0.015  # sd of one share 0.003
+    skewed = [shares(0.01, seed, sites=3).max(0) for seed in range(3)]
+    assert np.mean(np.concatenate(skewed) > 0.9) > 0.9  # nearly every class has one home
+
+
+def test_the_mean_share_is_even() -> None:
+    """No site is favoured: over 40 draws of 10 classes, mean 1/3 with standard error below 0.02."""
+    mean = np.mean([shares(0.5, seed, sites=3).mean(1) for seed in range(40)], axis=0)
+    assert mean == pytest.approx(np.full(3, 1 / 3), abs=0.08)
+
+
+# ---- by column -------------------------------------------------------------------------------------------------------
+def test_by_column() -> None:
+    found = make_partition(pool(6, sites=["b", "a", "b", "c", "a", "b"]), part(partition="column", sites=99))
+    assert found.kind == "column"
+    assert {name: rows.tolist() for name, rows in found.rows.items()} == {"a": [1, 4], "b": [0, 2, 5], "c": [3]}
+    assert list(found.rows) == ["a", "b", "c"]
+
+
+def test_by_column_without_a_column() -> None:
+    with pytest.raises(ConfigError, match="needs data with a site column"):
+        make_partition(pool(6), part(partition="column"))
+
+
+# ---- the population --------------------------------------------------------------------------------------------------
+def test_the_pool_is_exactly_the_union() -> None:
+    sites = SitePopulation(pool(), make_partition(pool(), part(partition="dirichlet", alpha=0.3, sites=4)))
+    pooled = sites.pooled()
+    for name in PARTS:
+        rows = [r for site in sites.names for r in getattr(sites.splits(site), name).rows.tolist()]
+        assert getattr(pooled, name).rows.tolist() == sorted(rows)
+        assert all(part_of(f"{r:05d}") == name for r in rows)
+    assert sum(len(getattr(pooled, name)) for name in PARTS) == 1000
+
+
+def test_a_pool_of_one_site_is_that_site() -> None:
+    sites = SitePopulation(pool(), make_partition(pool(), part(partition="iid", sites=1)))
+    for name in PARTS:
+        assert torch.equal(getattr(sites.pooled(), name).rows, getattr(sites.splits("site-1"), name).rows)
+
+
+def test_a_site_whose_part_would_be_empty_is_named() -> None:
+    lonely = [i for i in range(100) if part_of(f"{i:05d}") == "train"][:3]
+    column = ["small" if i in lonely else "large" for i in range(100)]
+    sites = SitePopulation(pool(100), make_partition(pool(100, sites=column), part(partition="column")))
+    assert len(sites.splits("large").train)
+    with pytest.raises(DataError, match="site 'small': no example for the validation part among 3"):
+        sites.splits("small")
+
+
+def test_counts_for_the_report() -> None:
+    """Class 1 occurs only at the first site; classes without an example are left out."""
+    store = Store(
+        torch.zeros(40, 1, 1, 1, dtype=torch.uint8), torch.tensor([0, 1] * 10 + [2] * 20),
+        [f"{i:05d}" for i in range(40)], DataPart(shape=(1, 1, 1)), sites=["a"] * 20 + ["b"] * 20,
+    )  # fmt: skip
+    counts = SitePopulation(store, make_partition(store, part(partition="column"))).counts()
+    assert {site: {c for part in parts.values() for c in part} for site, parts in counts.items()} == {
+        "a": {"0", "1"},
+        "b": {"2"},
+    }
+    for site, rows in {"a": range(20), "b": range(20, 40)}.items():
+        for name in PARTS:
+            mine = [i for i in rows if part_of(f"{i:05d}") == name]
+            assert sum(counts[site][name].values()) == len(mine)
+            assert all(n == sum(int(store.labels[i]) == int(c) for i in mine) for c, n in counts[site][name].items())
