@@ -13,16 +13,15 @@ import os
 import time
 from types import SimpleNamespace
 
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supernode import start_client_internal as main_loop
 from flwr.supernode.cli import flower_supernode
 
 from client.pace import Pace
+from shared_models.flower import shorten_object_backoff
 
 FLOWER_IDLE_SECONDS = 3.0
 IDLE = {"first": 0.2, "longest": FLOWER_IDLE_SECONDS, "growth": 1.02}
 BUSY_SECONDS = 0.1
-OBJECT_BACKOFF_SECONDS = 0.05
 log = logging.getLogger("flwr")
 
 
@@ -38,7 +37,7 @@ def shorten_pauses() -> None:
             time.sleep(min(seconds, BUSY_SECONDS))
 
     vars(main_loop)["time"] = SimpleNamespace(sleep=sleep)
-    pull_objects.__kwdefaults__ = {**(pull_objects.__kwdefaults__ or {}), "initial_backoff": OBJECT_BACKOFF_SECONDS}
+    shorten_object_backoff()
 
 
 def main() -> None:

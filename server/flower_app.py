@@ -17,6 +17,7 @@ from server.nodes import Roster
 from server.runs import ACTIVE, RunFolder, find_run
 from shared_models.errors import FedzooError
 from shared_models.files import write_whole
+from shared_models.flower import shorten_object_backoff
 
 log = logging.getLogger("fedzoo.server")
 app = ServerApp()
@@ -25,6 +26,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run, or carry on, the run named in the Flower run's configuration."""
+    shorten_object_backoff()
     server = ServerFolder(Path(str(context.run_config["server-dir"])))
     run = find_run(server.runs, str(context.run_config["run"]))
     with run.carried():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from client.readers.base import Examples, Splits, Store, split
-from shared_models.errors import ConfigError
+from shared_models.errors import ConfigError, DataError
 from shared_models.job import SimulationPart
 from shared_models.keys import key
 
@@ -116,9 +116,13 @@ class SitePopulation:
         self._splits: dict[str, Splits] = {}
 
     def splits(self, name: str) -> Splits:
-        """One site's train, validation and test parts; raises DataError where one is empty."""
+        """One site's train, validation and test parts; raises DataError, which names the site, where one is empty."""
         if name not in self._splits:
-            self._splits[name] = split(self.store, torch.from_numpy(self.partition.rows[name]))
+            try:
+                self._splits[name] = split(self.store, torch.from_numpy(self.partition.rows[name]))
+            except DataError as error:
+                hint = "Lower simulation.sites or raise simulation.min_examples"
+                raise DataError(f"site '{name}': {error.what}", hint=hint) from None
         return self._splits[name]
 
     def pooled(self) -> Splits:

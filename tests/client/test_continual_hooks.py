@@ -50,7 +50,7 @@ class Toy(Method):
         CALLS.append("grad")
         return {n: 2 * g for n, g in grads.items()}
 
-    def end_round(self, model: dict[str, Tensor], down: Groups, kept: Groups, progress: Progress):  # noqa: ANN201
+    def end_round(self, model: dict[str, Tensor], down: Groups, kept: Groups, progress: Progress):
         CALLS.append("end_round")
         rounds = kept.get("counters", {}).get("rounds", torch.tensor(0)) + 1
         return {"model": {"secret": torch.ones(1)}}, {**kept, "counters": {"rounds": rounds}}
@@ -108,7 +108,7 @@ def test_one_step_by_hand(job: Job) -> None:
     assert "secret" not in reply.groups["model"]
 
 
-def test_what_is_kept_comes_back_and_survives_the_end_of_the_task(job: Job, tmp_path) -> None:  # noqa: ANN001
+def test_what_is_kept_comes_back_and_survives_the_end_of_the_task(job: Job, tmp_path) -> None:
     state = DiskState(tmp_path, "a")
     handler = Handler("a", lambda job: site(), state, Policy(approve_all=True), Benches(CPU))
     for round in range(3):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
 import client.flower_app
@@ -53,13 +54,21 @@ def instruction(make_job: Callable[..., Job]) -> Instruction:
     return Instruction("train", "run-7", "hospital-a", job, spec.fingerprint, evaluate=(("test", 0),), groups=groups)
 
 
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What flwr asks of a process that makes a message."""
+    for name, value in (("task_id", 1), ("run_id", RUN_ID), ("node_id", NODE_ID)):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", value)
+
+
 def ask(app: App, content: RecordDict) -> Contribution:
     """As the resident worker does; what comes back is decoded as on the server."""
     arrived = recorddict_from_proto(recorddict_to_proto(content))
     message = Message(arrived, NODE_ID, "train")
+    message.metadata.__dict__["_message_id"] = "message-1"
     context = Context(RUN_ID, NODE_ID, {}, RecordDict(), {})
     reply = app(message, context)
-    assert reply.metadata.reply_to_message_id == message.metadata.message_id
+    assert reply.metadata.reply_to_message_id == "message-1"
     return decode_contribution(*from_record(recorddict_from_proto(recorddict_to_proto(reply.content))))
 
 
@@ -161,7 +170,7 @@ def test_garbage_gets_a_code_and_runs_nothing(
     assert sorted(p.name for p in node.iterdir()) == ["client.toml"]
 
 
-def test_data_are_read_once_per_preprocessing(node: Path, make_job: Callable[..., Job], monkeypatch) -> None:  # noqa: ANN001
+def test_data_are_read_once_per_preprocessing(node: Path, make_job: Callable[..., Job], monkeypatch) -> None:
     data = NodeData(client.flower_app.load(node))
     first = data(make_job())
     assert data(make_job(train={"lr": 0.9})) is first
