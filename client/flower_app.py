@@ -41,6 +41,7 @@ def client_app(
         (*config.policy.approve, *approve),
         approve_all=approve_all or config.policy.approve_all,
         requests=folder.requests,
+        as_written=True,
     )
     handler = Handler(config.site, NodeData(config), DiskState(folder.state, config.site), policy, Benches())
 

@@ -7,7 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from shared_models.errors import ConfigError, PolicyError
+from shared_models.files import write_whole
+from shared_models.job import Job
 from shared_models.messages import Instruction
+from shared_models.schedule import round_budget, task_of
+
+MAX_REQUESTS = 100
 
 
 class Policy:
@@ -16,18 +21,26 @@ class Policy:
     Args:
         approved: job hashes, 64 hex digits each.
         approve_all: approve whatever comes: for demos and simulations.
-        requests: folder that receives the text of each job that asked and was not approved, `<hash>.toml`.
+        requests: folder that receives the text of each job that asked and was not approved, `<hash>.toml`; at most 100.
+        as_written: refuse work that the job does not say: another budget, round or task. A node's choice; the
+            simulator's baselines share a budget out in other ways.
 
     Raises:
         ConfigError: an approved hash is not 64 hex digits.
     """
 
     def __init__(
-        self, approved: Iterable[str] = (), *, approve_all: bool = False, requests: Path | None = None
+        self,
+        approved: Iterable[str] = (),
+        *,
+        approve_all: bool = False,
+        requests: Path | None = None,
+        as_written: bool = False,
     ) -> None:
         self.approved = frozenset(approved)
         self.approve_all = approve_all
         self.requests = requests
+        self.as_written = as_written
         for name in self.approved:
             if not re.fullmatch(r"[0-9a-f]{64}", name):
                 raise ConfigError(
@@ -35,14 +48,49 @@ class Policy:
                 )
 
     def require(self, instruction: Instruction) -> None:
-        """Raise a PolicyError where the site has not approved the instruction's job."""
+        """Raise a PolicyError where the site has not approved the job, or more is asked than the job says."""
         job = instruction.job
         if self.approve_all or job.hash in self.approved:
+            if self.as_written and not _is_as_written(instruction):
+                raise PolicyError(
+                    f"the server asks for more than job '{job.name}' says ({instruction.kind}, "
+                    f"round {instruction.round}, task {instruction.task}, {instruction.budget})",
+                    hint="Nothing was run; ask the server's operator",
+                    code="beyond-job",
+                )
             return
         if self.requests is not None:
-            self.requests.mkdir(parents=True, exist_ok=True)
-            (self.requests / f"{job.hash}.toml").write_text(job.to_toml(), encoding="utf-8")
+            self._keep_request(job)
         raise PolicyError(
             f"job '{job.name}' asks to {instruction.kind} on this site's data and is not approved",
             hint=f"Read the request and restart with --approve {job.hash}",
         )
+
+    def _keep_request(self, job: Job) -> None:
+        assert self.requests is not None
+        self.requests.mkdir(parents=True, exist_ok=True)
+        path = self.requests / f"{job.hash}.toml"
+        if not path.exists() and len(list(self.requests.glob("*.toml"))) < MAX_REQUESTS:
+            write_whole(path, job.to_toml())
+
+
+def _is_as_written(instruction: Instruction) -> bool:
+    """Whether the job itself, whose hash was approved, says everything that is asked."""
+    job, tasks = instruction.job, len(instruction.job.tasks)
+    rounds = job.federation.rounds
+    known = (
+        job.place == "federated"
+        and instruction.rounds == rounds
+        and 0 <= instruction.round <= rounds
+        and 0 <= instruction.task < tasks
+        and len(set(instruction.evaluate)) == len(instruction.evaluate)
+        and all(task < tasks for _, task in instruction.evaluate)
+    )
+    if instruction.kind != "train":
+        return known
+    return (
+        known
+        and instruction.round < rounds
+        and instruction.task == task_of(job, instruction.round)
+        and instruction.budget == round_budget(job, instruction.round)
+    )

@@ -66,8 +66,8 @@ class MemoryState:
 class DiskState:
     """For nodes: one folder per run below `root`, replaced by one rename.
 
-    A run's folder holds `<slot>.kept`, `<slot>.answer.json` and `<slot>.answer.bin` for three slots that take turns, and
-    `current`, which names the newest slot and the instructions that it and the one before it answer. `current` is
+    A run's folder holds `<slot>.kept`, `<slot>.answer.json` and `<slot>.answer.bin` for three slots that take turns,
+    and `current`, which names the newest slot and the instructions that it and the one before it answer. `current` is
     renamed into place last and never names the slot that is written next, so a crash at any point leaves the state
     before or after the round, never between.
     """

@@ -53,6 +53,7 @@ App = Callable[[Message, Context], Message]
 FAILURE = "the app of this node failed; its log has the reason"
 HEARTBEAT_SECONDS = 10.0  # SuperNode gives a task up after 60 s of silence
 OBJECT_BACKOFF_SECONDS = 0.05
+OBJECT_SECONDS = 900.0  # a large model over a slow line; what takes longer is given up
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 log = logging.getLogger("fedzoo.client.worker")
 
@@ -153,6 +154,7 @@ def _pull(task: RuntimeHttpClient) -> tuple[Message, Context]:
         make_confirm_message_received_fn_protobuf(task.ConfirmMessageReceived, node, context.run_id),
         return_type=Message,
         initial_backoff=OBJECT_BACKOFF_SECONDS,
+        max_time=OBJECT_SECONDS,
     )
     message.metadata.__dict__["_message_id"] = tree.object_id
     return message, context

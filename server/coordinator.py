@@ -21,6 +21,7 @@ from shared_models.files import write_whole
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction, Part, payload_bytes
 from shared_models.methods.base import make_method, make_pieces, overrides
+from shared_models.schedule import round_budget, task_of
 from shared_models.spec import build_model
 from shared_models.sums import Groups, PairwiseMean
 from shared_models.tasks.base import add_sums, make_task
@@ -312,26 +313,6 @@ class Coordinator:
         best = tuple(saved["best"]) if saved["best"] else None
         self.progress = Progress(**{**saved, "best": best, "totals": Totals(**saved["totals"])})
         self.events.emit("resumed", round=self.progress.round)
-
-
-def task_of(job: Job, round: int) -> int:
-    """The task of a round: the rounds are shared out evenly over the stream, in order."""
-    tasks, rounds = len(job.tasks), job.federation.rounds
-    edges = [-(-t * rounds // tasks) for t in range(1, tasks + 1)]
-    return next((t for t, edge in enumerate(edges) if round < edge), tasks)
-
-
-def round_budget(job: Job, round: int) -> Budget:
-    """What each selected site trains in a round.
-
-    A stream makes the same number of rounds and of passes over every sample as the offline job: a round of a task that
-    has R_t of the R rounds makes R / R_t times the epochs, on that task's data alone.
-    """
-    if job.train.steps is not None:
-        return Budget(steps=job.train.steps)
-    rounds = job.federation.rounds
-    own = sum(task_of(job, r) == task_of(job, round) for r in range(rounds)) if len(job.tasks) > 1 else rounds
-    return Budget(epochs=job.train.epochs * rounds / own)
 
 
 def round_to(value: float) -> float:

@@ -6,10 +6,8 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -38,6 +36,7 @@ def simulate(job: JobFile, set: Set = None, out: Out = None, as_json: Json = Fal
     """Run one job as it stands, in this process, on simulated sites."""
     from shared_models.job import Job
     from simulations.compare import load_sites, run_one
+    from simulations.progress import progress
 
     resolved = Job.load(job, set or ())
     sites = load_sites(resolved, job.parent)
@@ -61,6 +60,7 @@ def compare(
     """Compare paradigms: same data, same split, same seeds, same budget."""
     from shared_models.job import Job
     from simulations.compare import as_paradigms, compare, count_rounds, load_sites
+    from simulations.progress import progress
 
     resolved = Job.load(job, set or ())
     paradigms = as_paradigms(place, time)
@@ -97,25 +97,6 @@ def report(
         save(comparison, run / "comparison.json")
     path = write(comparison, run / "report.html")
     typer.echo(json.dumps({"report": str(path)}) if as_json else f"report {path}")
-
-
-@contextmanager
-def progress(rounds: int, quiet: bool = False) -> Iterator[Callable[[str, int, dict[str, Any]], None]]:
-    """A progress bar over all rounds of all runs, on stderr; yields the listener that moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        task = bar.add_task("starting", total=rounds)
-
-        def listen(cell: str, seed: int, event: dict[str, Any]) -> None:
-            if event["event"] == "round":
-                bar.update(task, advance=1, description=f"{cell}, seed {seed}")
-            elif event["event"] == "rejected":
-                bar.console.print(f"rejected {event['site']} in round {event['round']}: {event['detail']}")
-
-        yield listen
 
 
 def _leave(comparison: Comparison, folder: Path, as_json: bool) -> None:

@@ -29,9 +29,9 @@ from shared_models.errors import ConfigError, DeploymentError
 from shared_models.job import Job
 from shared_models.process import Child, free_port
 from simulations import report, results
-from simulations.cli import progress
 from simulations.compare import OFFLINE, compare, count_rounds, load_sites
 from simulations.partition import SitePopulation
+from simulations.progress import progress
 from simulations.results import Place, Time
 from simulations.statistics import verdicts
 

@@ -20,12 +20,13 @@ from typing import Any
 
 from client.readers.base import Splits
 from client.workbench import Benches
-from server.coordinator import Coordinator, Outcome, Totals, round_budget, task_of
+from server.coordinator import Coordinator, Outcome, Totals
 from server.events import Events, Listener
 from server.selection import select
 from shared_models.job import Job
 from shared_models.messages import Budget
 from shared_models.registry import Registry
+from shared_models.schedule import round_budget, task_of
 from simulations.engines.inprocess import InProcess
 from simulations.partition import SitePopulation
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from client.enroll import enroll
 from client.readers.base import PARTS
+from server.cli import make_invite
 from server.config import ServerFolder
 from server.events import read_events
-from server.runs import RunFolder, find_run
+from server.run_cli import submit_job
+from server.runs import RunFolder
 from shared_models.job import Job
 from shared_models.process import Child, free_port
 from simulations.compare import load_sites
@@ -77,16 +80,16 @@ def eventually(truth: Callable[[], object], what: str, seconds: float = SECONDS)
 class Federation:
     root: Path
     sites: SitePopulation
+    runs: dict[str, RunFolder] = field(default_factory=dict)
 
     @property
     def server(self) -> ServerFolder:
         return ServerFolder(self.root / "server")
 
     def submit(self, job: Job) -> RunFolder:
-        path = self.root / f"{job.name}.toml"
-        path.write_text(job.to_toml())
-        words = ("run", "submit", str(path), "--dir", str(self.server.root))
-        return find_run(self.server.runs, fedzoo(*words).split()[2])
+        if job.name not in self.runs:
+            self.runs[job.name] = submit_job(self.server.root, job)
+        return self.runs[job.name]
 
     def finish(self, run: RunFolder) -> list[dict[str, Any]]:
         eventually(lambda: run.status().state in ("done", "failed", "stopped"), f"{run.id} does not end")
@@ -114,12 +117,14 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         approved = [w for job in (FEDAVG, SCAFFOLD, KILLED, FAILING, REVOKED) for w in ("--approve", job.hash)]
         for site in sites.names:
             data = write_hospital(sites, site, root / "hospitals" / CANARY / site)
-            invite = fedzoo("server", "invite", site, "--dir", str(server)).strip()
-            node = str(root / "nodes" / site)
-            fedzoo("client", "enroll", invite, "--dir", node, "--data", str(data), "--format", "imagefolder")
-            start = [*command, "client", "start", "--dir", node, *approved]
+            node = root / "nodes" / site
+            enroll(make_invite(server, site, hours=1), node, data, "imagefolder")
+            start = [*command, "client", "start", "--dir", str(node), *approved]
             children.append(Child(site, start, root / "nodes" / f"{site}.log"))
-        yield Federation(root, sites)
+        found = Federation(root, sites)
+        for job in (FEDAVG, SCAFFOLD, UNAPPROVED, FAILING):  # side by side: most of a small run is starting and waiting
+            found.submit(job)
+        yield found
     finally:
         for child in reversed(children):
             child.stop()

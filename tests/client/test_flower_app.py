@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from client.workbench import Benches
 from shared_models.errors import ConfigError, DataError
 from shared_models.flower import from_record, to_record
 from shared_models.job import Job
-from shared_models.messages import Contribution, Instruction
+from shared_models.messages import Budget, Contribution, Instruction
 from shared_models.spec import build_model
 from shared_models.wire import decode_contribution, encode_contribution, encode_instruction
 
@@ -51,7 +52,9 @@ def instruction(make_job: Callable[..., Job]) -> Instruction:
     job = make_job()
     model, spec = build_model(job)
     groups = {"model": {k: v for k, v in model.state_dict().items() if k in spec.sent}}
-    return Instruction("train", "run-7", "hospital-a", job, spec.fingerprint, evaluate=(("test", 0),), groups=groups)
+    return Instruction(
+        "train", "run-7", "hospital-a", job, spec.fingerprint, rounds=2, evaluate=(("test", 0),), groups=groups
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +111,14 @@ def test_approval_in_client_toml(node: Path, instruction: Instruction) -> None:
         assert ask(client_app(node), to_record(*encode_instruction(instruction))).code == code
 
 
+def test_an_approved_job_does_not_approve_more_work(node: Path, instruction: Instruction) -> None:
+    app = client_app(node, approve=[instruction.job.hash])
+    greedy = replace(instruction, budget=Budget(epochs=100.0))
+    reply = ask(app, to_record(*encode_instruction(greedy)))
+    assert (reply.code, reply.groups, reply.metrics) == ("beyond-job", {}, {})
+    assert ask(app, to_record(*encode_instruction(instruction))).code == "ok"
+
+
 def test_a_wrong_hash_ends_the_start(node: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a job hash"):
         client_app(node, approve=["yes"])
@@ -159,8 +170,12 @@ def _other_version(instruction: Instruction) -> RecordDict:
     ],
 )
 def test_garbage_gets_a_code_and_runs_nothing(
-    node: Path, instruction: Instruction, monkeypatch: pytest.MonkeyPatch, make: Callable[[Instruction], RecordDict], code: str
-) -> None:  # fmt: skip
+    node: Path,
+    instruction: Instruction,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Instruction], RecordDict],
+    code: str,
+) -> None:
     def never(*_: object) -> None:
         raise AssertionError
 

@@ -13,7 +13,7 @@ from client.policy import Policy
 from client.state import MemoryState
 from shared_models.errors import ConfigError, PolicyError
 from shared_models.job import Job
-from shared_models.messages import Instruction
+from shared_models.messages import Budget, Instruction
 from shared_models.wire import decode_instruction, encode_instruction
 
 KINDS = ("probe", "train", "evaluate", "end_task")
@@ -83,3 +83,72 @@ def test_approve_all(tmp_path: Path, make_job: Callable[..., Job]) -> None:
 def test_a_word_that_is_no_hash_is_refused(word: str) -> None:
     with pytest.raises(ConfigError, match="is not a job hash"):
         Policy(["0" * 64, word])
+
+
+def test_a_request_is_kept_once_and_only_a_hundred_are(tmp_path: Path, make_job: Callable[..., Job]) -> None:
+    policy = Policy(requests=tmp_path)
+    first = make_job(seed=0)
+    for seed in (0, *range(105)):
+        with pytest.raises(PolicyError):
+            policy.require(ask(make_job(seed=seed)))
+    assert len(list(tmp_path.iterdir())) == 100
+    (tmp_path / f"{first.hash}.toml").write_text("# read by the owner")
+    with pytest.raises(PolicyError):
+        policy.require(ask(first))
+    assert (tmp_path / f"{first.hash}.toml").read_text() == "# read by the owner"
+
+
+# ---- no more than the job says ---------------------------------------------------------------------------------------
+def written(job: Job, round: int, task: int, budget: Budget, **fields: object) -> Instruction:
+    parts = (("validation", 0), ("validation", 1))
+    return replace(ask(job), round=round, rounds=4, task=task, budget=budget, evaluate=parts, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def stream(make_job: Callable[..., Job]) -> Job:
+    """Two tasks of two rounds: each round passes twice over its task's data, since half of the rounds are its own."""
+    return make_job(time="continual", stream={"tasks": 2}, federation={"rounds": 4})
+
+
+def test_the_work_that_a_job_says_is_done(stream: Job, make_job: Callable[..., Job]) -> None:
+    policy = Policy([stream.hash], as_written=True)
+    for round, task in enumerate((0, 0, 1, 1)):
+        policy.require(written(stream, round, task, Budget(epochs=2.0)))
+        policy.require(written(stream, round, task, Budget(epochs=2.0), kind="end_task"))
+        policy.require(written(stream, 4, task, Budget(epochs=1.0), kind="evaluate"))  # the end of the run
+    counted = make_job(train={"steps": 3})
+    Policy([counted.hash], as_written=True).require(replace(ask(counted), rounds=2, budget=Budget(steps=3)))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"budget": Budget(epochs=2.1)},
+        {"budget": Budget(steps=10**6)},
+        {"round": 4},
+        {"round": -1},
+        {"rounds": 5},
+        {"task": 1},
+        {"round": 2},
+        {"task": 2, "kind": "end_task"},
+        {"round": 5, "kind": "evaluate"},
+        {"evaluate": (("test", 2),)},
+        {"evaluate": (("test", 0),) * 2, "kind": "evaluate"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("approve_all", [False, True])
+def test_work_that_a_job_does_not_say_is_refused(stream: Job, more: dict[str, object], approve_all: bool) -> None:
+    greedy = replace(written(stream, 0, 0, Budget(epochs=2.0)), **more)  # type: ignore[arg-type]
+    policy = Policy([stream.hash], approve_all=approve_all, as_written=True)
+    with pytest.raises(PolicyError, match="asks for more than job 'test' says") as caught:
+        policy.require(greedy)
+    assert caught.value.code == "beyond-job"
+    Policy([stream.hash]).require(greedy)  # the simulator's baselines may
+
+
+def test_a_node_takes_part_in_federations_only(make_job: Callable[..., Job]) -> None:
+    for place in ("centralized", "isolated"):
+        job = make_job(place=place)
+        with pytest.raises(PolicyError, match="more than"):
+            Policy([job.hash], as_written=True).require(replace(ask(job), rounds=2))

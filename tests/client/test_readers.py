@@ -238,7 +238,7 @@ def test_added_samples_move_no_old_one(tmp_path: Path) -> None:
 
 
 def test_the_parts_of_known_names() -> None:
-    """First byte of SHA-256: below 153.6 train, below 204.8 validation, else test. Pinned: data may not change sides."""
+    """First byte of SHA-256: below 153.6 train, below 204.8 validation, else test. Pinned for ever."""
     assert [part_of(f"cat/{i}.png") for i in range(6)] == ["train", "train", "train", "train", "test", "train"]
 
 

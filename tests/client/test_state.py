@@ -1,4 +1,4 @@
-"""What a site remembers: whole or not at all, the same bytes again for the same instruction, nothing outside its folder."""
+"""What a site remembers: whole or not at all, the same bytes for the same instruction, nothing outside its folder."""
 
 from __future__ import annotations
 
@@ -125,6 +125,8 @@ def test_a_round_and_the_end_of_its_task_are_both_repeated(tmp_path: Path, ask: 
             again = state.replay(asked[before])
             assert again is not None
             assert encode_contribution(again) == encode_contribution(answer_to(asked[before], before))
+        for forgotten in asked[: max(0, value - 1)]:  # its slot answers another instruction by now, or will next
+            assert state.replay(forgotten) is None
         assert same(state.load("run-1"), kept_after(value))
 
 
@@ -205,9 +207,11 @@ def test_damage_is_a_data_error_that_names_the_file(
     if name == "current" and not file.exists():
         assert state.load("run-1") == {}  # as before the first round
         return
-    with pytest.raises(DataError, match=str(file.parent)):
-        state.load("run-1")
-        state.replay(ask())
+    acts = [] if "answer" in name else [lambda: state.load("run-1")]
+    acts += [] if "kept" in name else [lambda: state.replay(ask())]
+    for act in acts:
+        with pytest.raises(DataError, match=str(file.parent)):
+            act()
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "3", "{}", '{"slot": "a"}', '{"slot": "../x", "answers": {}}'])

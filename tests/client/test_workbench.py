@@ -104,10 +104,16 @@ def test_determinism_is_undone() -> None:
     threads = torch.get_num_threads()
     with determinism(False):
         assert torch.get_num_threads() == threads
-    with pytest.raises(KeyError), determinism(True):
-        assert torch.get_num_threads() == 1
-        assert torch.are_deterministic_algorithms_enabled()
-        raise KeyError
+    inside: list[object] = []
+
+    def fail() -> None:
+        with determinism(True):
+            inside.extend((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert inside == [1, True]
     assert torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import httpx
 import numpy as np
@@ -23,6 +24,7 @@ from flwr.cli.install import install_from_fab
 from flwr.common.constant import ErrorCode
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal
 from flwr.supernode.runtime import run_clientapp
 
@@ -71,6 +73,37 @@ def test_pauses_of_the_main_loop_follow_the_traffic(monkeypatch):
         start_client_internal.time.sleep(3)
     assert slept[-1] == 3.0
     assert pull_objects.__kwdefaults__["initial_backoff"] == 0.05
+
+
+@pytest.mark.parametrize("where", ["pull_object", "confirm_message_received"])
+def test_the_task_of_a_run_that_stops_meanwhile_is_ended(monkeypatch, where):
+    """Flower alone leaves it open, and the worker that takes it waits for objects that never come."""
+
+    def receive() -> MagicMock:
+        state, store = MagicMock(), MagicMock()
+        state.create_task.return_value = 7
+        store.preregister.return_value = ["object"]
+        message, tree = MagicMock(), MagicMock()
+        calls = {"pull_object": lambda run, name: b"", "confirm_message_received": lambda run, message: None}
+
+        def stopped(*_):
+            raise RunNotRunningException
+
+        calls[where] = stopped
+        found = start_client_internal._pull_and_store_message(
+            state=state, object_store=store, node_config={}, receive=lambda: (message, tree), get_run=None,
+            get_fab=None, trusted_entities=None, **calls,
+        )  # fmt: skip
+        assert found is None
+        return state
+
+    original = start_client_internal._pull_and_store_message
+    assert not receive().finish_task.called, "mended in Flower: the mend here can go"
+    monkeypatch.setattr(start_client_internal, "_pull_and_store_message", original)
+    supernode.drop_tasks_of_stopped_runs()
+    state = receive()
+    assert state.finish_task.call_args.args == (7,)
+    assert state.delete_messages.called
 
 
 @pytest.mark.parametrize(

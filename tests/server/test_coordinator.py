@@ -16,11 +16,12 @@ import torch
 from client.readers.base import Splits
 from client.state import DiskState, MemoryState, State
 from client.workbench import Benches
-from server.coordinator import Coordinator, round_budget, task_of
+from server.coordinator import Coordinator
 from server.events import Events, read_events
 from shared_models.errors import RunError
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction, refusal
+from shared_models.schedule import round_budget, task_of
 from simulations.engines.inprocess import InProcess
 
 SITES = ("a", "b", "c", "d", "e")
