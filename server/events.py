@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +21,21 @@ class Events:
 
     def emit(self, event: str, **facts: Any) -> None:
         """Write one line, at once."""
-        line = {"event": event, "time": round(time.time(), 3), **facts}
+        line = {"event": event, "time": round(time.time(), 3), **without_nan(facts)}
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as sink:
                 sink.write(json.dumps(line) + "\n")
         if self.listener is not None:
             self.listener(line)
+
+
+def without_nan(value: Any) -> Any:
+    """Plain data in which a number that is none (a metric of no examples) is null, as JSON wants it."""
+    if isinstance(value, dict):
+        return {name: without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:

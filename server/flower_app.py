@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from server.config import ServerFolder
 from server.coordinator import Coordinator
-from server.events import Events
+from server.events import Events, without_nan
 from server.flower_executor import FlowerExecutor
 from server.nodes import Roster
 from server.runs import ACTIVE, RunFolder, find_run
@@ -48,5 +48,5 @@ def _carry(run: RunFolder, server: ServerFolder, grid: Grid) -> None:
         run.write(state="failed", reason=str(error))
         log.error("run %s failed: %s", run.id, error)
         return
-    write_whole(run.path / "result.json", json.dumps(outcome.document()))
+    write_whole(run.path / "result.json", json.dumps(without_nan(outcome.document())))
     run.write(state="done")

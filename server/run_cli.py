@@ -146,7 +146,8 @@ def describe(event: dict[str, Any]) -> str:
     """One event as one line, empty for those a person need not see."""
     kind = event["event"]
     if kind == "round":
-        measured = ", ".join(f"{k} {v:.3f}" for k, v in event["validation"].items() if k in ("accuracy", "loss"))
+        values = {k: event["validation"].get(k) for k in ("accuracy", "loss")}
+        measured = ", ".join(f"{k} {v:.3f}" for k, v in values.items() if v is not None) or "of nothing"
         answered = f"{len(event['sites'])} of {len(event['sites']) + len(event['rejected'])} sites"
         return f"round {event['round'] + 1}/{event['rounds']}: {answered}; before it: validation {measured}"
     if kind == "waiting":
@@ -156,7 +157,8 @@ def describe(event: dict[str, Any]) -> str:
         detail = f": {event['detail']}" if event.get("detail") else ""
         return f"{kind} {event['site']}: {event['code']}{detail}"
     if kind == "end":
-        return f"done: accuracy on all sites' tests {event['test'].get('accuracy', float('nan')):.3f}"
+        accuracy = event["test"].get("accuracy")
+        return "done" if accuracy is None else f"done: accuracy on all sites' tests {accuracy:.3f}"
     return {"resumed": f"resumed at round {event.get('round')}", "failed": f"failed: {event.get('reason')}"}.get(
         kind, ""
     )

@@ -271,3 +271,12 @@ def test_events_are_json_lines(make_job: Maker, sites: dict[str, Splits], tmp_pa
     with (tmp_path / "events.jsonl").open("a") as sink:
         sink.write('{"event": "half')
     assert len(list(read_events(tmp_path / "events.jsonl"))) == 4
+
+
+def test_a_metric_of_nothing_is_null_not_nan(tmp_path: Path) -> None:
+    Events(tmp_path / "e.jsonl").emit("end", test={"accuracy": float("nan"), "n": [1.5, float("inf")]})
+    line = (tmp_path / "e.jsonl").read_text()
+    assert json.loads(line, parse_constant=lambda name: pytest.fail(name))["test"] == {
+        "accuracy": None,
+        "n": [1.5, None],
+    }

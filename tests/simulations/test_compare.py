@@ -154,7 +154,7 @@ def test_methods_mean_nothing_where_nothing_is_aggregated(make_job: Maker) -> No
 def test_words_and_roots_that_cannot_be(make_job: Maker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert as_paradigms("federated, isolated", "offline") == [("federated", "offline"), ("isolated", "offline")]
     assert as_paradigms("", "") == EVERY
-    with pytest.raises(ConfigError, match="unknown place 'centralised'.*did you mean 'centralized'"):
+    with pytest.raises(ConfigError, match=r"unknown place 'centralised'.*did you mean 'centralized'"):
         as_paradigms("centralised", "offline")
     with pytest.raises(ConfigError, match="unknown time 'ofline'"):
         as_paradigms("federated", "ofline")
