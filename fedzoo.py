@@ -79,8 +79,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         code = build_app()([w for w in words if w != "--debug"], standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        command = context.command_path if context else "fedzoo"
+        typer.echo(f"error: {error.format_message().rstrip('.')}. See: {command} --help", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         sys.exit("interrupted")
@@ -93,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        sys.exit(f"internal error: {type(error).__name__}: {error}. Repeat with --debug for the traceback")
+        reason = " ".join(str(error).split())
+        sys.exit(f"internal error: {type(error).__name__}: {reason}. Repeat with --debug for the traceback")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def start(dir: Dir = DEFAULT_DIR) -> None:
 def invite(
     site: Annotated[str, typer.Argument(help="The name the site gets: a-z, 0-9 and '-'.")],
     dir: Dir = DEFAULT_DIR,
-    hours: Annotated[float, typer.Option(help="How long the invite is good for.")] = 24.0,
+    hours: Annotated[float, typer.Option(max=8760, help="How long the invite is good for.")] = 24.0,
 ) -> None:
     """Print an invite: one string that lets one site enroll once."""
     typer.echo(make_invite(dir, site, hours))

@@ -53,13 +53,15 @@ def submit_job(server_dir: Path, job: Job) -> RunFolder:
     Raises:
         DeploymentError: the server does not run; no folder is left then.
         CompatibilityError: the job can only be simulated.
+        ConfigError: the folder is not a server's, or the model cannot take the job's images.
     """
-    from server.config import ServerFolder
     from server.runs import create_run, lease
+    from shared_models.spec import build_model
 
     with _control(server_dir) as control:
+        build_model(job)
         control.runs()
-        folder = create_run(ServerFolder(server_dir).runs, job)
+        folder = create_run(_runs(server_dir), job)
         lease(folder, control, server_dir)
     return folder
 
@@ -67,10 +69,9 @@ def submit_job(server_dir: Path, job: Job) -> RunFolder:
 @app.command("list")
 def list_(dir: Dir = DEFAULT_DIR, as_json: Json = False) -> None:
     """List all runs, the oldest first."""
-    from server.config import ServerFolder
     from server.runs import list_runs
 
-    rows = [{"run": folder.id, **asdict(folder.status())} for folder in list_runs(ServerFolder(dir).runs)]
+    rows = [{"run": folder.id, **asdict(folder.status())} for folder in list_runs(_runs(dir))]
     if as_json:
         typer.echo(json.dumps(rows))
         return
@@ -83,19 +84,17 @@ def list_(dir: Dir = DEFAULT_DIR, as_json: Json = False) -> None:
 @app.command()
 def watch(run: Run = "last", dir: Dir = DEFAULT_DIR, as_json: Json = False) -> None:
     """Follow a run from its first event to its end; exits with 1 where it failed or was stopped."""
-    from server.config import ServerFolder
     from server.runs import find_run
 
-    _follow(find_run(ServerFolder(dir).runs, run), as_json)
+    _follow(find_run(_runs(dir), run), as_json)
 
 
 @app.command()
 def stop(run: Run, dir: Dir = DEFAULT_DIR) -> None:
     """Stop a run; its checkpoint stays and `resume` carries on from it."""
-    from server.config import ServerFolder
     from server.runs import find_run, stop_run
 
-    folder = find_run(ServerFolder(dir).runs, run)
+    folder = find_run(_runs(dir), run)
     with _control(dir) as control:
         stop_run(folder, control)
     typer.echo(f"stopped run {folder.id}")
@@ -104,11 +103,10 @@ def stop(run: Run, dir: Dir = DEFAULT_DIR) -> None:
 @app.command()
 def resume(run: Run, dir: Dir = DEFAULT_DIR) -> None:
     """Carry on a failed or stopped run from its checkpoint."""
-    from server.config import ServerFolder
     from server.runs import ACTIVE, find_run, lease
     from shared_models.errors import RunError
 
-    folder = find_run(ServerFolder(dir).runs, run)
+    folder = find_run(_runs(dir), run)
     status = folder.status()
     if status.state in (*ACTIVE, "done"):
         raise RunError(f"run {folder.id} is {status.state}: there is nothing to resume")
@@ -171,6 +169,14 @@ def _follow(folder: RunFolder, as_json: bool) -> None:
             typer.echo(line)
     if not as_json:
         typer.echo(f"model and result are in {folder.path}; a page: fedzoo report {folder.path}")
+
+
+def _runs(dir: Path) -> Path:
+    """Where a server's runs lie; raises a ConfigError where the folder is not a server's."""
+    from server.config import ServerFolder, load
+
+    load(dir)
+    return ServerFolder(dir).runs
 
 
 def _control(dir: Path) -> FlowerControl:

@@ -207,13 +207,14 @@ class Job(Part):
         from shared_models.tasks.base import tasks
 
         job = validate(Job, data, where)
-        _, model = configure(job.model.name, job.model.keys)
+        _, model = configure(job.model.name, job.model.keys, f"{where}: [model]")
         filled: dict[str, Any] = {"model": {"name": job.model.name, **model.model_dump()}}
         keys = {"labels": job.task.labels, **job.task.keys}
-        task = validate(tasks[job.task.name].Settings, keys, f"{where}: [task]")
+        task = validate(tasks.get(job.task.name, f"{where}: [task]").Settings, keys, f"{where}: [task]")
         filled["task"] = {"name": job.task.name, **task.model_dump()}
         for part, choice in (("method", job.method), ("continual", job.continual)):
-            settings = validate(methods[choice.name].Settings, choice.keys, f"{where}: [{part}]")
+            place = f"{where}: [{part}]"
+            settings = validate(methods.get(choice.name, place).Settings, choice.keys, place)
             filled[part] = {"name": choice.name, **settings.model_dump()}
         job = validate(Job, {**job.model_dump(), **filled}, where)
         require_compatible(job)

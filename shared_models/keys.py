@@ -37,8 +37,20 @@ def chooser(seed: int, purpose: str, *, round: int = 0, task: int = 0) -> random
 
 @contextmanager
 def keyed_global(value: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch's global generators inside the block (initialisation, dropout) and restore them after it."""
-    devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(value)
+    """Seed torch's global generators inside the block (initialisation, dropout) and restore them after it.
+
+    `torch.manual_seed` is not used: without a GPU each call of it queues a seed, with a stack trace, for one that may
+    come.
+    """
+    gpu = device if device is not None and device.type == "cuda" else None
+    before, before_gpu = torch.get_rng_state(), torch.cuda.get_rng_state(gpu) if gpu else None
+    torch.default_generator.manual_seed(value)
+    if gpu:
+        with torch.cuda.device(gpu):
+            torch.cuda.manual_seed(value)
+    try:
         yield
+    finally:
+        torch.set_rng_state(before)
+        if gpu and before_gpu is not None:
+            torch.cuda.set_rng_state(before_gpu, gpu)

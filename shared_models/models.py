@@ -114,7 +114,7 @@ def configure(name: str, keys: Mapping[str, Any], where: str = "[model]") -> tup
         UnknownNameError: no such model, or the model has no such size.
         ConfigError: an unknown key or a value that cannot be.
     """
-    chosen = models[name]
+    chosen = models.get(name, where)
     size = keys.get("size", chosen.settings.model_fields["size"].default)
     if not isinstance(size, str) or size not in chosen.sizes:
         raise UnknownNameError(f"{where}: model '{name}' has no size {size!r}", hint=nearest("", list(chosen.sizes)))

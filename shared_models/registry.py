@@ -51,9 +51,16 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
+        return self.get(name)
+
+    def get(self, name: str, where: str = "") -> T:
+        """The thing of that name; raises an UnknownNameError that starts with the place, e.g. `job.toml: [model]`."""
         self._load()
         if name not in self._things:
-            raise UnknownNameError(f"unknown {self.kind} '{name}'", hint=nearest(name, list(self._things)))
+            unknown = f"unknown {self.kind} '{name}'"
+            raise UnknownNameError(
+                f"{where}: {unknown}" if where else unknown, hint=nearest(name, list(self._things))
+            )
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:

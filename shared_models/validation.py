@@ -14,6 +14,7 @@ from shared_models.errors import ConfigError
 T = TypeVar("T", bound=BaseModel)
 
 _LONGEST_VALUE = 60
+_TYPES = {"model_type": "should be a table of settings", "tuple_type": "should be a list"}
 
 
 def validate(cls: type[T], data: Mapping[str, Any], where: str) -> T:
@@ -47,7 +48,7 @@ def _problem(cls: type[BaseModel], detail: ErrorDetails) -> str:
     if kind == "value_error":  # a ValueError of one of our own validators: already a whole sentence
         reason = str(detail["ctx"]["error"])
         return f"'{key}': {reason}" if key else reason
-    message = detail["msg"].removeprefix("Input ")
+    message = _TYPES.get(kind) or detail["msg"].removeprefix("Input ").removeprefix("String ")
     value = repr(detail["input"])
     shown = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}…"
     return f"'{key}' {message}, not {shown}" if key else f"{message}, not {shown}"

@@ -18,7 +18,7 @@ app = typer.Typer()
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="A job file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. federation.rounds=5.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results [default: runs/<job>-<time>].")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results.", show_default="runs/<job>-<time>")]
 
 
 @app.command()
@@ -35,11 +35,13 @@ def demo(
 def simulate(job: JobFile, set: Set = None, out: Out = None, as_json: Json = False) -> None:
     """Run one job as it stands, in this process, on simulated sites."""
     from shared_models.job import Job
-    from simulations.compare import load_sites, run_one
+    from simulations.compare import load_sites, require_cohort, run_one
     from simulations.progress import progress
 
     resolved = Job.load(job, set or ())
     sites = load_sites(resolved, job.parent)
+    if resolved.place == "federated":
+        require_cohort(resolved, sites)
     folder = _folder(out, resolved.name)
     rounds = resolved.federation.rounds * (len(sites.names) if resolved.place == "isolated" else 1)
     with progress(rounds, quiet=as_json) as listen:
@@ -59,13 +61,15 @@ def compare(
 ) -> None:
     """Compare paradigms: same data, same split, same seeds, same budget."""
     from shared_models.job import Job
-    from simulations.compare import as_paradigms, compare, count_rounds, load_sites
+    from simulations.compare import as_paradigms, compare, count_rounds, load_sites, require_cohort
     from simulations.progress import progress
 
     resolved = Job.load(job, set or ())
     paradigms = as_paradigms(place, time)
     chosen = range(resolved.seed, resolved.seed + seeds)
     sites = load_sites(resolved, job.parent)
+    if any(name == "federated" for name, _ in paradigms):
+        require_cohort(resolved, sites)
     folder = _folder(out, f"{resolved.name}-compare")
     with progress(count_rounds(resolved, sites, paradigms, seeds), quiet=as_json) as listen:
         comparison = compare(
@@ -123,9 +127,14 @@ def _folder(out: Path | None, name: str) -> Path:
     from shared_models.errors import ConfigError
 
     path = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if path.exists() and any(path.iterdir()):
-        raise ConfigError(f"the folder {path} is not empty", hint="Name another one with --out")
-    path.mkdir(parents=True, exist_ok=True)
+    hint = "Name another one with --out"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        empty = not any(path.iterdir())
+    except OSError as error:
+        raise ConfigError(f"the folder {path} cannot be made: {error.strerror}", hint=hint) from None
+    if not empty:
+        raise ConfigError(f"the folder {path} is not empty", hint=hint)
     return path
 
 

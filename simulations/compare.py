@@ -16,6 +16,7 @@ import torch
 from client.readers.base import Store, readers
 from client.workbench import Benches
 from server.coordinator import Totals
+from server.selection import select
 from shared_models.errors import ConfigError, FedzooError
 from shared_models.job import Job
 from shared_models.spec import build_model
@@ -41,6 +42,7 @@ def read_pool(job: Job, base: Path) -> Store:
         base: the folder that a relative root starts from.
 
     Raises:
+        UnknownNameError: there is no such reader.
         ConfigError: an environment variable of the root is not set.
         DataError: the data cannot be read.
     """
@@ -55,7 +57,7 @@ def read_pool(job: Job, base: Path) -> Store:
                 hint=f"export {name}=<folder>",
             )
     path = base / os.path.expandvars(root)
-    return readers[job.simulation.reader]().read(path, job.data, job.task.labels, {})
+    return readers.get(job.simulation.reader, "simulation.reader")().read(path, job.data, job.task.labels, {})
 
 
 def variant(job: Job, place: Place, time: Time, seed: int) -> Job:
@@ -138,7 +140,8 @@ def run_one(job: Job, sites: SitePopulation, folder: Path, command: str, listen:
     """One job as it stands, its traces in `folder` itself: the comparison of a single cell with itself."""
     name = f"{job.place}, {job.time}"
     listener = (lambda event: listen(name, job.seed, event)) if listen else None
-    setting = Setting(job, sites, Benches(), run=folder.name, folder=folder, listener=listener)
+    alone = job if job.place == "federated" else job.replace(federation={"min_sites": 1})  # as in `variant`
+    setting = Setting(alone, sites, Benches(), run=folder.name, folder=folder, listener=listener)
     result = places[job.place](setting)
     return Comparison(
         title=job.name,
@@ -159,9 +162,29 @@ def run_one(job: Job, sites: SitePopulation, folder: Path, command: str, listen:
 
 
 def load_sites(job: Job, base: Path) -> SitePopulation:
-    """The simulated sites of a job."""
+    """The simulated sites of a job, once it is known that they and its model can be used.
+
+    Raises:
+        ConfigError: the model cannot take the job's images, or as `read_pool` and `make_partition`.
+        DataError: the data cannot be read, or a site would have no example for one of the three parts.
+    """
+    build_model(job)
     store = read_pool(job, base)
-    return SitePopulation(store, make_partition(store, job.simulation))
+    sites = SitePopulation(store, make_partition(store, job.simulation))
+    for name in sites.names:
+        sites.splits(name)
+    return sites
+
+
+def require_cohort(job: Job, sites: SitePopulation) -> None:
+    """Raise a ConfigError where no round of the federated place can ever have `federation.min_sites` contributions."""
+    cohort = len(select(sites.names, job.federation.fraction, job.seed, 0))
+    if cohort < job.federation.min_sites:
+        raise ConfigError(
+            f"federation.min_sites = {job.federation.min_sites}, but a round has {cohort} of the {len(sites.names)} "
+            f"simulated sites (federation.fraction = {job.federation.fraction:g})",
+            hint="Lower min_sites, or raise fraction or simulation.sites",
+        )
 
 
 def product_version() -> str:

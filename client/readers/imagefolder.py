@@ -31,7 +31,7 @@ class ImageFolder(Reader):
             if label not in index:
                 raise DataError(
                     f"the class folder {folder} stands for '{label}', which is not a label of the job",
-                    hint=nearest(label, list(labels)) + " Rename it, or map it under [data.labels] in client.toml",
+                    hint="Rename it, or map it under [data.labels] in client.toml; " + nearest(label, list(labels)),
                 )
             found += [(PARTS.index(part), index[label], f.name, f) for f in _images(folder)]
         if not found:
