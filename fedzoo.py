@@ -12,6 +12,7 @@ import click
 import typer
 
 PACKAGES = ("shared_models", "client", "server", "simulations")
+INTERRUPTED = 130  # the shell's code for Ctrl-C; typer returns it when a command is interrupted
 
 
 def require_one_place() -> None:
@@ -77,29 +78,35 @@ def main(argv: list[str] | None = None) -> None:
     from shared_models.errors import FedzooError
 
     try:
-        code = build_app()([w for w in words if w != "--debug"], standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        code = build_app()([w for w in words if w != "--debug"], prog_name="fedzoo", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         command = context.command_path if context else "fedzoo"
-        typer.echo(f"error: {error.format_message().rstrip('.')}. See: {command} --help", err=True)
+        typer.echo(f"error: {error.format_message()} See: {command} --help", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        sys.exit("interrupted")
+        code = INTERRUPTED
     except BrokenPipeError:
         sys.exit(1)
     except FedzooError as error:
         if debug:
             raise
         sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        sys.exit(f"error: the module '{error.name}' is not installed. Add it with: pip install 'fedzoo[simulations]'")
     except Exception as error:
         if debug:
             raise
         reason = " ".join(str(error).split())
         sys.exit(f"internal error: {type(error).__name__}: {reason}. Repeat with --debug for the traceback")
+    if code == INTERRUPTED:
+        typer.echo("interrupted", err=True)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -111,15 +111,32 @@ def start(
 
 
 @app.command()
+def approve(
+    job: Annotated[str, typer.Argument(metavar="HASH", help="The job's hash, 64 hex digits; it may be run again.")],
+    dir: Dir = DEFAULT_DIR,
+) -> None:
+    """Agree to a job, also while the node runs. It is written into client.toml; remove it there to withdraw."""
+    from client.config import PolicyPart, load, save
+    from shared_models.validation import validate
+
+    config = load(dir)
+    approved = tuple(dict.fromkeys((*config.policy.approve, job)))
+    policy = validate(PolicyPart, {**config.policy.model_dump(), "approve": approved}, "client approve")
+    save(dir, config.model_copy(update={"policy": policy}))
+    typer.echo(f"site '{config.site}' agrees to job {job}")
+
+
+@app.command()
 def status(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
     """Show what the node does now, and the jobs that wait for approval."""
     from dataclasses import asdict
 
-    from client.config import NodeFolder
+    from client.config import NodeFolder, load
     from client.status import read
 
     now = read(dir)
-    pending = sorted(path.stem for path in NodeFolder(dir).requests.glob("*.toml"))
+    approved = load(dir).policy.approve
+    pending = sorted(p.stem for p in NodeFolder(dir).requests.glob("*.toml") if p.stem not in approved)
     if json_output:
         typer.echo(json.dumps({**asdict(now), "requests": pending}, indent=2))
         return
@@ -127,7 +144,8 @@ def status(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
     if now.pid:
         typer.echo(f"process {now.pid}, {now.restarts} restarts, since {_iso(now.since)}")
     for job in pending:
-        typer.echo(f"asked for: {job}  (read {NodeFolder(dir).requests / job}.toml; agree with --approve {job})")
+        typer.echo(f"asked for: {job}  (read {NodeFolder(dir).requests / job}.toml)")
+        typer.echo(f"  to agree: fedzoo client approve {job} --dir {dir}")
 
 
 def _say(line: str) -> None:

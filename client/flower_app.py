@@ -42,6 +42,7 @@ def client_app(
         approve_all=approve_all or config.policy.approve_all,
         requests=folder.requests,
         as_written=True,
+        later=lambda: load(node_dir).policy.approve,
     )
     handler = Handler(config.site, NodeData(config), DiskState(folder.state, config.site), policy, Benches())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from shared_models.errors import ConfigError, PolicyError
@@ -24,6 +24,7 @@ class Policy:
         requests: folder that receives the text of each job that asked and was not approved, `<hash>.toml`; at most 100.
         as_written: refuse work that the job does not say: another budget, round or task. A node's choice; the
             simulator's baselines share a budget out in other ways.
+        later: asked for more approved hashes when a job is not approved yet, so that a site can approve while it runs.
 
     Raises:
         ConfigError: an approved hash is not 64 hex digits.
@@ -36,11 +37,13 @@ class Policy:
         approve_all: bool = False,
         requests: Path | None = None,
         as_written: bool = False,
+        later: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         self.approved = frozenset(approved)
         self.approve_all = approve_all
         self.requests = requests
         self.as_written = as_written
+        self.later = later
         for name in self.approved:
             if not re.fullmatch(r"[0-9a-f]{64}", name):
                 raise ConfigError(
@@ -50,7 +53,7 @@ class Policy:
     def require(self, instruction: Instruction) -> None:
         """Raise a PolicyError where the site has not approved the job, or more is asked than the job says."""
         job = instruction.job
-        if self.approve_all or job.hash in self.approved:
+        if self.approve_all or job.hash in self.approved or job.hash in self.later():
             if self.as_written and not _is_as_written(instruction):
                 raise PolicyError(
                     f"the server asks for more than job '{job.name}' says ({instruction.kind}, "
@@ -63,7 +66,7 @@ class Policy:
             self._keep_request(job)
         raise PolicyError(
             f"job '{job.name}' asks to {instruction.kind} on this site's data and is not approved",
-            hint=f"Read the request and restart with --approve {job.hash}",
+            hint=f"Read the request, then: fedzoo client approve {job.hash}",
         )
 
     def _keep_request(self, job: Job) -> None:
@@ -90,6 +93,7 @@ def _is_as_written(instruction: Instruction) -> bool:
         return known
     return (
         known
+        and all(part == "validation" for part, _ in instruction.evaluate)
         and instruction.round < rounds
         and instruction.task == task_of(job, instruction.round)
         and instruction.budget == round_budget(job, instruction.round)

@@ -42,7 +42,7 @@ def train(bench: Workbench, data: Examples, instruction: Instruction, states: Se
     with keyed_global(key(job.seed, "forward", site=site, task=task, round=number), bench.device):
         order = batches(len(data), part.batch_size, instruction.budget, job.seed, site=site, task=task, round=number)
         for step, rows in enumerate(order):
-            lr = learning_rate(part, (number + step / steps) / instruction.rounds)
+            lr = learning_rate(part, (number + (step + 0.5) / steps) / instruction.rounds)
             batch = data.batch(rows, bench.device)
             for piece, state in replay:
                 batch = piece.extra_batch(batch, state)
@@ -73,8 +73,16 @@ def count_steps(examples: int, batch_size: int, budget: Budget) -> int:
     """Optimizer steps that a budget makes on so many examples."""
     if budget.steps is not None:
         return budget.steps
-    epochs, rest = divmod(round((budget.epochs or 0.0) * examples), examples)
+    epochs, rest = divmod(count_samples(examples, batch_size, budget), examples)
     return epochs * math.ceil(examples / batch_size) + math.ceil(rest / batch_size)
+
+
+def count_samples(examples: int, batch_size: int, budget: Budget) -> int:
+    """Examples processed, counting repeats: `round(epochs * examples)`, at least one, or those of the steps."""
+    if budget.steps is None:
+        return max(1, round((budget.epochs or 0.0) * examples))
+    epochs, rest = divmod(budget.steps, math.ceil(examples / batch_size))
+    return epochs * examples + min(rest * batch_size, examples)
 
 
 def batches(
@@ -85,7 +93,7 @@ def batches(
     A budget of epochs is exact in samples: `round(epochs * examples)` rows in all.
     """
     steps = count_steps(examples, batch_size, budget)
-    left = None if budget.steps is not None else _samples(examples, budget)
+    left = None if budget.steps is not None else count_samples(examples, batch_size, budget)
     done = epoch = 0
     while done < steps:
         order = torch.randperm(
@@ -98,10 +106,6 @@ def batches(
             yield rows
             done += 1
         epoch += 1
-
-
-def _samples(examples: int, budget: Budget) -> int:
-    return round((budget.epochs or 0.0) * examples)
 
 
 def learning_rate(part: TrainPart, position: float) -> float:

@@ -27,6 +27,8 @@ from shared_models.sums import Groups, PairwiseMean
 from shared_models.tasks.base import add_sums, make_task
 
 Sums = dict[str, Tensor]
+ATTEMPTS = 3
+PASSING = ("lost", "timeout", "flower-error-5", "flower-error-8")  # of the network or a process, not of the answer
 
 
 @dataclass
@@ -127,7 +129,7 @@ class Coordinator:
         self.executor.admit(self._probe, part.min_sites, part.wait)
         for round in range(self.progress.round, part.rounds):
             started = time.perf_counter()
-            self.train_round(round)
+            self._train_round_again_if_lost(round)
             task = task_of(self.job, round)
             if len(self.job.tasks) > 1 and task_of(self.job, round + 1) != task:
                 self._end_task(task, round)
@@ -135,6 +137,17 @@ class Coordinator:
             self.progress.totals.seconds += time.perf_counter() - started
             self._checkpoint()
         return self._finish()
+
+    def _train_round_again_if_lost(self, round: int) -> None:
+        """A round that lost too many sites is repeated once they are back; those that answered send the same again."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self.train_round(round)
+                return
+            except RunError as error:
+                if error.code != "sites-lost" or attempt == ATTEMPTS:
+                    raise
+                self.events.emit("repeat", round=round, reason=str(error))
 
     # ---- one round ---------------------------------------------------------------------------------------------------
     def train_round(self, round: int) -> None:
@@ -182,12 +195,13 @@ class Coordinator:
             }
             totals.bytes_up += payload_bytes(reply.groups)
             validation.append(replace(reply, groups={}))
-        if len(rows) < part.min_sites:
+        if len(rows) < min(part.min_sites, len(cohort)):
             reasons = ", ".join(f"{site} {code}" for site, code in sorted(refused.items()))
             raise RunError(
                 f"round {round}: {len(rows)} of {len(cohort)} contributions accepted, "
-                f"{part.min_sites} needed ({reasons})",
+                f"{min(part.min_sites, len(cohort))} needed ({reasons})",
                 hint="The run can be resumed from its checkpoint",
+                code="sites-lost" if any(code in PASSING for code in refused.values()) else "",
             )
         self._measure(round, validation)
         means = mean.result()

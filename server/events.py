@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ class Events:
 
     def __init__(self, path: Path | None = None, listener: Listener | None = None) -> None:
         self.path = path
+        if path is not None and path.exists() and not path.read_bytes().endswith(b"\n"):
+            with path.open("a") as sink:  # a crash left half a line
+                sink.write("\n")
         self.listener = listener
 
     def emit(self, event: str, **facts: Any) -> None:
@@ -48,4 +52,5 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], i
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            yield json.loads(line), offset
+            with suppress(ValueError):  # half a line that a crash left
+                yield json.loads(line), offset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib.metadata import version
 from pathlib import Path
 
 from flwr.app import Context
@@ -45,8 +46,8 @@ def _carry(run: RunFolder, server: ServerFolder, grid: Grid) -> None:
         outcome = Coordinator(job, executor, run.id, folder=run.path, events=events).run()
     except FedzooError as error:
         events.emit("failed", code=error.code, reason=str(error))
-        run.write(state="failed", reason=str(error))
+        run.write(only_from=("running",), state="failed", reason=str(error))
         log.error("run %s failed: %s", run.id, error)
         return
-    write_whole(run.path / "result.json", json.dumps(without_nan(outcome.document())))
-    run.write(state="done")
+    write_whole(run.path / "result.json", json.dumps({"version": version("fedzoo"), **without_nan(outcome.document())}))
+    run.write(only_from=("running",), state="done")

@@ -19,6 +19,8 @@ from shared_models.wire import decode_contribution, encode_instruction
 POLL = 0.1  # seconds between looks for answers
 WAIT_POLL = 1.0  # seconds between looks for nodes
 REPROBE = 10.0  # seconds before a site that refused is asked again
+PROBE_SECONDS = 60.0  # for the answer to a probe; a site that reads a large folder answers the next one
+SILENT = 300.0  # seconds before a site that did not answer its probe is asked again
 LOST_AFTER = 75.0  # seconds offline after which a site's answer is given up; SuperLink notices a death within 60
 
 _TYPES = {"train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
@@ -90,7 +92,7 @@ class FlowerExecutor:
         assert self._probe is not None, "admit comes first"
         now = time.monotonic()
         due = [s for s in sorted(online) if s not in self._willing and self._refused.get(s, (0.0, ""))[0] <= now]
-        for reply in self.run([self._probe(site) for site in due]):
+        for reply in self._exchange([self._probe(site) for site in due], min(self.timeout, PROBE_SECONDS)):
             if reply.code == OK:
                 self._willing.add(reply.site)
                 self._refused.pop(reply.site, None)
@@ -100,11 +102,18 @@ class FlowerExecutor:
                 detail = f"'{found[0]}' is {found[1]} here and {found[2]} there"
             if self._refused.get(reply.site, (0.0, ""))[1] != reply.code:
                 self.events.emit("refused", site=reply.site, code=reply.code, detail=detail)
-            self._refused[reply.site] = (time.monotonic() + REPROBE, reply.code)
+            pause = SILENT if reply.code == "timeout" and self._willing else REPROBE
+            self._refused[reply.site] = (time.monotonic() + pause, reply.code)
 
     # ---- asking ------------------------------------------------------------------------------------------------------
     def run(self, instructions: Iterable[Instruction]) -> Iterator[Contribution]:
         """Push all, then hand over answers as they come; what does not come is answered with a code."""
+        for reply in self._exchange(instructions, self.timeout):
+            if reply.code == "not-approved":
+                self._willing.discard(reply.site)
+            yield reply
+
+    def _exchange(self, instructions: Iterable[Instruction], timeout: float) -> Iterator[Contribution]:
         open_: dict[str, Instruction] = {}
         nodes = self._active()
         for instruction in instructions:
@@ -115,11 +124,11 @@ class FlowerExecutor:
                 to_record(*encode_instruction(instruction)),
                 nodes[instruction.site],
                 _TYPES.get(instruction.kind, MessageType.QUERY),
-                ttl=self.timeout,
+                ttl=timeout,
             )
             (message_id,) = self.grid.push_messages([message])
             open_[message_id] = instruction
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + timeout
         seen = dict.fromkeys(open_, time.monotonic())
         while open_:
             for message in self.grid.pull_messages(list(open_)):

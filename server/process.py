@@ -65,6 +65,7 @@ def serve(server_dir: Path, on_ready: Callable[[], None] = lambda: None) -> None
             lost = superlink.supervise() or lost
             with suppress(DeploymentError):  # SuperLink is not up yet; the next turn tries again
                 if lost:
+                    shut_out(roster, control)
                     resume(folder, control)
                     lost = False
                 elif time.monotonic() >= due:
@@ -86,6 +87,14 @@ def reconcile(roster: Roster, control: FlowerControl) -> None:
             continue
         if node_id != node.node_id:
             roster.set_node_id(node.serial, node_id)
+
+
+def shut_out(roster: Roster, control: FlowerControl) -> None:
+    """Unregister what was revoked while SuperLink was away; a key that is being enrolled just now is left alone."""
+    revoked = {node.public_key for node in roster.nodes() if node.revoked is not None}
+    for node in control.nodes():
+        if node.public_key in revoked:
+            control.unregister(node.node_id)
 
 
 def resume(folder: ServerFolder, control: FlowerControl) -> None:

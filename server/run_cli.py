@@ -42,7 +42,9 @@ def submit(
     else:
         typer.echo(f"submitted run {folder.id}")
         typer.echo(f"job hash {resolved.hash}")
-        typer.echo(f"A site agrees with: fedzoo client start --approve {resolved.hash}")
+        typer.echo(f"A site agrees with: fedzoo client approve {resolved.hash}")
+        part = resolved.federation
+        typer.echo(f"It needs {part.min_sites} sites within {part.wait:g} s; later: fedzoo run resume {folder.id}")
     if watch:
         _follow(folder, as_json)
 
@@ -137,7 +139,10 @@ def follow(folder: RunFolder, poll: float = POLL) -> Iterator[dict[str, Any]]:
             break
         time.sleep(poll)
     if status.state != "done":
-        raise RunError(f"run {folder.id} {status.state}" + (f": {status.reason}" if status.reason else ""))
+        raise RunError(
+            f"run {folder.id} {status.state}" + (f": {status.reason}" if status.reason else ""),
+            hint=f"To carry on from its checkpoint: fedzoo run resume {folder.id}",
+        )
 
 
 def describe(event: dict[str, Any]) -> str:

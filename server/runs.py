@@ -6,17 +6,18 @@ runs/<id>/  job.toml  status.json  events.jsonl  checkpoint/  model.safetensors 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from server.flower_control import FlowerControl
 from shared_models.errors import CompatibilityError, ConfigError, RunError
-from shared_models.files import private_folder, write_whole
+from shared_models.files import PRIVATE_FOLDER, write_whole
 from shared_models.job import Job
 from shared_models.registry import nearest
 
@@ -32,7 +33,8 @@ class Status:
         state: created (no lease yet), submitted, running, done, failed or stopped.
         reason: why it failed, in one line.
         lease: id of the Flower run that carries it now; nothing is named by it.
-        leases: how many there were.
+        leases: how many there were since the checkpoint last advanced.
+        reached: the checkpointed round at the last lease.
         updated: Unix seconds.
     """
 
@@ -40,6 +42,7 @@ class Status:
     reason: str = ""
     lease: int = 0
     leases: int = 0
+    reached: int = 0
     updated: float = 0.0
 
 
@@ -53,6 +56,14 @@ class RunFolder:
     def id(self) -> str:
         """The folder's name."""
         return self.path.name
+
+    def checkpointed(self) -> int:
+        """The round that the checkpoint would go on with."""
+        try:
+            facts = json.loads((self.path / "checkpoint" / "state.json").read_text())
+        except FileNotFoundError:
+            return 0
+        return int(facts["progress"]["round"])
 
     def job(self) -> Job:
         """The resolved job."""
@@ -78,12 +89,16 @@ class RunFolder:
                 return True
         return False
 
-    def write(self, **changes: object) -> Status:
-        """Change fields of the status, atomically."""
-        before = asdict(self.status()) if (self.path / "status.json").exists() else {"state": "created"}
-        status = Status(**{**before, **changes, "updated": time.time()})
-        write_whole(self.path / "status.json", json.dumps(asdict(status)))
-        return status
+    def write(self, only_from: tuple[str, ...] = (), **changes: object) -> Status:
+        """Change fields of the status, atomically among all processes; not at all from a state outside `only_from`."""
+        with (self.path / "status.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            before = asdict(self.status()) if (self.path / "status.json").exists() else {"state": "created"}
+            if only_from and before["state"] not in only_from:
+                return Status(**before)
+            status = Status(**{**before, **changes, "updated": time.time()})
+            write_whole(self.path / "status.json", json.dumps(asdict(status)))
+            return status
 
 
 def create_run(runs: Path, job: Job) -> RunFolder:
@@ -98,10 +113,12 @@ def create_run(runs: Path, job: Job) -> RunFolder:
             hint="Use `fedzoo simulate`, or submit it with --set place=federated",
         )
     stamp = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    number = 1
-    while (path := runs / (stamp if number == 1 else f"{stamp}-{number}")).exists():
-        number += 1
-    folder = RunFolder(private_folder(path))
+    for number in itertools.count(1):
+        path = runs / (stamp if number == 1 else f"{stamp}-{number}")
+        with suppress(FileExistsError):
+            path.mkdir(mode=PRIVATE_FOLDER)
+            break
+    folder = RunFolder(path)
     write_whole(path / "job.toml", job.to_toml())
     folder.write(state="created")
     return folder
@@ -129,15 +146,19 @@ def list_runs(runs: Path) -> list[RunFolder]:
 
 def lease(folder: RunFolder, control: FlowerControl, server_dir: Path) -> Status:
     """Start a Flower run that carries on from the run's checkpoint."""
+    before, reached = folder.status(), folder.checkpointed()
+    leases = 1 if reached > before.reached else before.leases + 1
+    folder.write(state="submitted", leases=leases, reached=reached)
     flower_run = control.start_run({"run": folder.id, "server-dir": str(server_dir.resolve())})
-    return folder.write(state="submitted", lease=flower_run, leases=folder.status().leases + 1)
+    return folder.write(lease=flower_run)
 
 
 def renew_leases(runs: Path, control: FlowerControl, server_dir: Path) -> list[str]:
     """Give a new lease to every unfinished run whose process is gone; returns what was done, a line each.
 
     A running run is lost when nobody holds its lock: Flower would need minutes to notice a killed ServerApp. One that
-    was submitted is lost when its Flower run has ended. A run that loses its lease five times is failed.
+    was submitted is lost when its Flower run has ended. A run that loses five leases without a new checkpointed round
+    is failed.
     """
     done = []
     active = [folder for folder in list_runs(runs) if folder.status().state in ACTIVE]

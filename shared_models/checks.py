@@ -13,6 +13,8 @@ from shared_models.messages import OK, Contribution, Instruction
 from shared_models.sums import Groups
 from shared_models.tasks.base import make_task
 
+MAX_COUNT = 10**9  # examples of one site: what it says is its weight in every mean
+
 
 def check_contribution(
     contribution: Contribution, instruction: Instruction, expected: Groups, max_norm: float
@@ -44,6 +46,8 @@ def check_contribution(
         raise Rejected(f"the site answered '{contribution.code}'", code=contribution.code)
     if instruction.kind != "train":
         return 0.0
+    if not contribution.examples <= MAX_COUNT:
+        raise Rejected(f"{contribution.examples} examples are beyond any site", code="no-examples")
     if contribution.examples <= 0:
         raise Rejected("an update from zero examples", code="no-examples")
     _same_names(set(contribution.groups), set(expected), "group")
@@ -104,6 +108,8 @@ def _check_metrics(contribution: Contribution, instruction: Instruction) -> None
             raise Rejected(
                 f"metric sum '{path}' has another shape or dtype than {like.dtype} {tuple(like.shape)}", code="metrics"
             )
+        if not like.dtype.is_floating_point and not bool(((value >= 0) & (value <= MAX_COUNT)).all()):
+            raise Rejected(f"metric sum '{path}' counts below 0 or beyond any site", code="metrics")
     if bad := _first_bad(contribution.metrics):
         raise Rejected(f"metric sum '{bad}' is not finite", code="metrics")
 

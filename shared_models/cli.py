@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,13 +22,15 @@ def models(
 
     if task:
         tasks[task]  # an unknown name is an error
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "model": name,
             "sizes": list(models[name].sizes),
             "tasks": list(models[name].tasks),
             "settings": [key for key in models[name].settings.model_fields if key != "size"],
             "paper": models[name].paper,
+            "stackable": models[name].stackable,
+            "per_sample_gradients": list(models[name].per_sample_gradients),
         }
         for name in models
         if not task or task in models[name].tasks

@@ -64,6 +64,16 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "federation.select = 'best' looks back over tasks, which a stream forbids",
     ),
     (
+        lambda job: job.federation.select == "best" and job.federation.fraction < 1,
+        "federation.select = 'best' would compare validation scores of different cohorts, "
+        "federation.fraction = {job.federation.fraction} changes the cohort every round",
+    ),
+    (
+        lambda job: job.place != "federated" and bool(job.share.personal),
+        "[share] personal belongs to a federation; with place = '{job.place}' a model is measured at sites that "
+        "never trained those entries",
+    ),
+    (
         lambda job: job.place == "isolated" and job.method.name != "fedavg",
         "isolated sites never aggregate, so method '{job.method.name}' would do nothing there",
     ),

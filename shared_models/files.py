@@ -25,6 +25,11 @@ def write_whole(path: Path, data: bytes | str, mode: int = PRIVATE_FILE) -> None
             sink.flush()
             os.fsync(sink.fileno())
         partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must outlast a power cut
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -120,8 +120,10 @@ class FederationPart(Part):
     Attributes:
         rounds: of the whole run, over all tasks of a stream.
         fraction: share of the sites selected a round (C in McMahan et al. 2017), at least one site.
-        min_sites: fewer accepted contributions in a round end the run; also how many nodes a start waits for.
-        wait: seconds a start waits for enough willing nodes.
+        min_sites: how many willing nodes a start waits for, and how many contributions a round needs (all of the
+            cohort where `fraction` makes it smaller).
+        wait: seconds a start, or a round that has lost sites, waits for enough willing nodes; a day, for people must
+            read and approve.
         round_timeout: seconds the server waits for the answers of one round.
         max_update_norm: largest L2 norm of a site's update; a larger one is rejected.
         select: the model that is tested and kept: of the `last` round, or of the round with the `best` validation.
@@ -130,7 +132,7 @@ class FederationPart(Part):
     rounds: Positive = 10
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_sites: Positive = 1
-    wait: Annotated[float, Field(ge=0)] = 120.0
+    wait: Annotated[float, Field(ge=0)] = 86400.0
     round_timeout: Annotated[float, Field(gt=0)] = 3600.0
     max_update_norm: Annotated[float, Field(gt=0)] = 1e6
     select: Literal["last", "best"] = "last"

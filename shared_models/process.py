@@ -15,13 +15,14 @@ from pathlib import Path
 from shared_models.errors import DeploymentError
 
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
 _MAX_LOG_BYTES = 10_000_000
 
 
 def _die_with_parent() -> None:
     """Ask the kernel to stop this process when its parent is gone, even by kill -9 (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def flower_environment(home: Path) -> dict[str, str]:

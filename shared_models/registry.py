@@ -58,9 +58,7 @@ class Registry(Generic[T]):
         self._load()
         if name not in self._things:
             unknown = f"unknown {self.kind} '{name}'"
-            raise UnknownNameError(
-                f"{where}: {unknown}" if where else unknown, hint=nearest(name, list(self._things))
-            )
+            raise UnknownNameError(f"{where}: {unknown}" if where else unknown, hint=nearest(name, list(self._things)))
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:

@@ -189,7 +189,10 @@ def first_difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, str, 
     """(place, ours, theirs) of the first difference between two documents of plain data, or None."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for name in (*ours, *(k for k in theirs if k not in ours)):
-            place = f"{path}.{name}" if path else str(name)
+            shown = (
+                name if str(name).isprintable() and len(str(name)) <= 120 else repr(name)[:80]
+            )  # it may come from a peer
+            place = f"{path}.{shown}" if path else str(shown)
             if name not in ours or name not in theirs:
                 return place, "present" if name in ours else "absent", "present" if name in theirs else "absent"
             if found := first_difference(ours[name], theirs[name], place):

@@ -35,6 +35,7 @@ DTYPES = {
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # runs and sites name folders on a node: no separator, no leading dot
 LIMIT = 2**53  # numbers below it are exact in float64 and in every JSON reader
 MAX_DIMS = 64  # of a tensor, torch's own limit
+KEY = r"^[^\x00-\x1f\x7f-\x9f]{1,200}$"  # names of tensors reach a terminal: no control characters
 _METRICS = "metrics"  # metrics travel as one more group, which no method may use as a name
 
 Count = Annotated[int, Field(ge=0, lt=LIMIT)]
@@ -45,8 +46,8 @@ class _Strict(BaseModel):
 
 
 class _Tensor(_Strict):
-    group: str
-    name: str
+    group: str = Field(pattern=KEY)
+    name: str = Field(pattern=KEY)
     dtype: str
     shape: Annotated[tuple[Count, ...], Field(max_length=MAX_DIMS)]
     offset: Count

@@ -63,7 +63,8 @@ def read_pool(job: Job, base: Path) -> Store:
 def variant(job: Job, place: Place, time: Time, seed: int) -> Job:
     """The job of one cell. A single site aggregates nothing, so every method is plain local training there."""
     changes: dict[str, Any] = {"place": place, "time": time, "seed": seed}
-    if place != "federated":
+    if place != "federated":  # a lone model has no other to be personal beside, and would be measured with half of it
+        changes["share"] = {"personal": []}
         changes |= {"method": {"name": "fedavg"}, "federation": {"min_sites": 1}}  # each run has a single site
     return job.replace(**changes)
 

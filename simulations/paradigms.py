@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from client.readers.base import Splits
+from client.trainer import count_samples
 from client.workbench import Benches
 from server.coordinator import Coordinator, Outcome, Totals
 from server.events import Events, Listener
 from server.selection import select
+from shared_models.errors import ConfigError
 from shared_models.job import Job
 from shared_models.messages import Budget
 from shared_models.registry import Registry
@@ -73,8 +75,19 @@ class Setting:
     folder: Path | None = None
     listener: Listener | None = None
 
+    def require_measurable(self) -> None:
+        """Raise a ConfigError where no site has test examples of some task of the stream."""
+        for task, classes in enumerate(self.job.tasks):
+            if not any(len(self.sites.splits(name).test.of_classes(classes)) for name in self.sites.names):
+                labels = ", ".join(self.job.task.labels[c] for c in classes)
+                raise ConfigError(
+                    f"no site has a test example of task {task} ({labels}), so nothing could be said about it",
+                    hint="Lower stream.tasks, or give those labels examples",
+                )
+
     def coordinator(self, names: Sequence[str], name: str = "", **options: Any) -> Coordinator:
         """A round loop in which `names` train and every site measures."""
+        self.require_measurable()
         folder = self.folder / name if self.folder and name else self.folder
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -122,12 +135,10 @@ def centralized(setting: Setting) -> Result:
     def budget(round: int) -> Budget | None:
         each = round_budget(setting.job, round)
         cohort = setting.cohort(round)
-        if each.steps is not None:
-            return Budget(steps=each.steps * len(cohort))
-        task = task_of(setting.job, round)
-        held = sum(_held(setting, setting.splits(name), task) for name in cohort)
-        everything = _held(setting, pooled, task)
-        return Budget(epochs=(each.epochs or 0.0) * held / everything) if held else None
+        task, size = task_of(setting.job, round), setting.job.train.batch_size
+        held = [count for name in cohort if (count := _held(setting, setting.splits(name), task))]
+        samples = sum(count_samples(count, size, each) for count in held)
+        return Budget(epochs=samples / _held(setting, pooled, task)) if held else None
 
     outcome = setting.coordinator([POOLED], budget=budget).run()
     totals = outcome.totals

@@ -91,7 +91,7 @@ def dirichlet(
         ConfigError: no draw in 1000 does.
     """
     classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    for _ in range(MAX_DRAWS):
+    for _ in range(MAX_DRAWS if sites * min_examples <= len(labels) else 0):
         shares: list[list[np.ndarray]] = [[] for _ in range(sites)]
         for members in classes:
             cuts = (np.cumsum(rng.dirichlet([alpha] * sites))[:-1] * len(members)).astype(int)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shared_models.errors import RunError
+from shared_models.job import Job
 
 Place = Literal["centralized", "isolated", "federated"]
 Time = Literal["offline", "continual"]
@@ -180,9 +181,6 @@ def of_run(folder: Path) -> Comparison:
     """
     import tomllib
 
-    from shared_models.job import Job
-    from shared_models.tasks.base import tasks
-
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         text = (folder / "job.toml").read_text(encoding="utf-8")
@@ -192,6 +190,15 @@ def of_run(folder: Path) -> Comparison:
             hint="See: fedzoo run list",
         ) from None
     job = Job.resolve(tomllib.loads(text), where=str(folder / "job.toml"))
+    try:
+        return _of_result(result, job, folder)
+    except (ValidationError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise RunError(f"{folder / 'result.json'} has no figures that a report could show: {error}") from None
+
+
+def _of_result(result: Mapping[str, Any], job: Job, folder: Path) -> Comparison:
+    from shared_models.tasks.base import tasks
+
     headline = tasks[job.task.name].headline
     per_site = {site: values[headline] for site, values in result["per_site"].items()}
     totals = result["totals"]

@@ -9,6 +9,7 @@ from client.policy import Policy
 from client.readers.base import Splits
 from client.state import MemoryState, State
 from client.workbench import Benches, Workbench
+from shared_models.errors import DeploymentError
 from shared_models.job import Job
 from shared_models.messages import Contribution, Instruction
 
@@ -41,7 +42,12 @@ class InProcess:
         """Nobody to wait for: every instruction's fingerprint is checked where it is handled."""
 
     def population(self, need: int, wait: float) -> Sequence[str]:
-        """All of them."""
+        """All of them; raises DeploymentError where that is not enough, for no more will come."""
+        if len(self.names) < need:
+            raise DeploymentError(
+                f"{need} sites are needed (federation.min_sites) and the simulation has {len(self.names)}",
+                hint="Lower federation.min_sites or add sites",
+            )
         return self.names
 
     def run(self, instructions: Iterable[Instruction]) -> Iterator[Contribution]:

@@ -105,7 +105,7 @@ def test_status_shows_what_waits_for_approval(node):
         "requests": ["a" * 64],
     }
     assert text.startswith("refused: why\nprocess 7, 2 restarts, since 1970-01-01T00:00:00Z\n")
-    assert f"--approve {'a' * 64}" in text
+    assert f"fedzoo client approve {'a' * 64}" in text
 
 
 def test_a_mistyped_approval_ends_before_anything_starts(node):

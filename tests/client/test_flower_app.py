@@ -53,7 +53,7 @@ def instruction(make_job: Callable[..., Job]) -> Instruction:
     model, spec = build_model(job)
     groups = {"model": {k: v for k, v in model.state_dict().items() if k in spec.sent}}
     return Instruction(
-        "train", "run-7", "hospital-a", job, spec.fingerprint, rounds=2, evaluate=(("test", 0),), groups=groups
+        "train", "run-7", "hospital-a", job, spec.fingerprint, rounds=2, evaluate=(("validation", 0),), groups=groups
     )
 
 

@@ -48,7 +48,7 @@ def test_a_request_is_left_for_the_owner_to_read(tmp_path: Path, make_job: Calla
     )
     arrived = decode_instruction(*encode_instruction(ask(job)))
     requests = tmp_path / "not" / "yet"
-    with pytest.raises(PolicyError, match=rf"job 'test' asks to train .* --approve {job.hash}"):
+    with pytest.raises(PolicyError, match=rf"job 'test' asks to train .* client approve {job.hash}"):
         Policy(requests=requests).require(arrived)
     assert [p.name for p in requests.iterdir()] == [f"{job.hash}.toml"]
     assert Job.load(requests / f"{job.hash}.toml").hash == job.hash
@@ -152,3 +152,13 @@ def test_a_node_takes_part_in_federations_only(make_job: Callable[..., Job]) -> 
         job = make_job(place=place)
         with pytest.raises(PolicyError, match="more than"):
             Policy([job.hash], as_written=True).require(replace(ask(job), rounds=2))
+
+
+def test_approval_while_the_node_runs(make_job: Callable[..., Job]) -> None:
+    job, agreed = make_job(), []
+    policy = Policy(later=lambda: agreed)
+    instruction = Instruction("probe", "r", "a", job, "")
+    with pytest.raises(PolicyError, match=f"fedzoo client approve {job.hash}"):
+        policy.require(instruction)
+    agreed.append(job.hash)
+    policy.require(instruction)

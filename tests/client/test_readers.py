@@ -85,7 +85,7 @@ def test_local_names_are_mapped_to_the_jobs(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_label_gets_the_nearest(tmp_path: Path) -> None:
     put(tmp_path / "dogs", "1.png")
-    with pytest.raises(DataError, match=r"dogs stands for 'dogs', which is not .* did you mean 'dog'\?.*client\.toml"):
+    with pytest.raises(DataError, match=r"dogs stands for 'dogs', which is not .*client\.toml; did you mean 'dog'\?"):
         read(tmp_path)
 
 

@@ -79,7 +79,7 @@ def test_equals_a_plain_loop(
         (10, 4, Budget(epochs=1.3), [4, 4, 2, 3]),
         (10, 4, Budget(steps=4), [4, 4, 2, 4]),
         (3, 8, Budget(steps=2), [3, 3]),
-        (10, 4, Budget(epochs=0), []),
+        (10, 4, Budget(epochs=0.001), [1]),
     ],
 )
 def test_budget_is_exact(examples: int, batch: int, budget: Budget, sizes: list[int]) -> None:
@@ -120,7 +120,7 @@ def test_schedule_does_not_restart_with_a_round(
     for round in range(2):
         instruction = Instruction("train", "r", "a", job, "", round=round, rounds=2, budget=Budget(epochs=1))
         sums.append(train(Workbench(job, CPU), data, instruction, [{}, {}]).lr_sum)
-    rates = [1e-3 * (1 + math.cos(math.pi * p)) / 2 for p in (0, 0.25, 0.5, 0.75)]
+    rates = [1e-3 * (1 + math.cos(math.pi * p)) / 2 for p in (0.125, 0.375, 0.625, 0.875)]
     assert sums == pytest.approx([rates[0] + rates[1], rates[2] + rates[3]])
 
 

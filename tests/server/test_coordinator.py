@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from client.readers.base import Splits
+from client.readers.base import Examples, Splits
 from client.state import DiskState, MemoryState, State
 from client.workbench import Benches
 from server.coordinator import Coordinator
@@ -202,15 +202,68 @@ def test_partial_participation_is_seeded(make_job: Maker, sites: dict[str, Split
     assert len({tuple(c) for c in cohorts[0]}) > 1
 
 
-def test_best_round_is_chosen_on_validation_only(make_job: Maker, sites: dict[str, Splits], tmp_path: Path) -> None:
-    """With an exploding rate the last model is worse than an earlier one; test metrics never steer."""
-    job = make_job(federation={"select": "best", "rounds": 4}, train={"lr": 1.0, "schedule": "constant"})
-    coordinator, _ = run(job, sites, folder=tmp_path)
+def test_best_round_is_chosen_on_validation_only(make_job: Maker, sites: dict[str, Splits]) -> None:
+    """The model that is kept is the one that scored best on validation, and test labels have no say in it."""
+    job = make_job(federation={"select": "best", "rounds": 5}, train={"lr": 1.5})
+
+    class Watched(Coordinator):
+        before: list[dict[str, torch.Tensor]]
+
+        def train_round(self, round: int) -> None:
+            self.before = [*getattr(self, "before", []), dict(self.state["model"])]
+            super().train_round(round)
+
+    def chosen(splits: dict[str, Splits]) -> tuple[Watched, Any]:
+        coordinator = Watched(job, Disturbed(splits, lambda r: r, None), "run")
+        return coordinator, coordinator.run()
+
+    coordinator, outcome = chosen(sites)
     curve = [row["accuracy"] for row in coordinator.progress.curve]
     assert coordinator.progress.best is not None
     score, at = coordinator.progress.best
     assert score == pytest.approx(max(curve), rel=1e-6)
-    assert curve.index(max(curve)) == at
+    assert at == curve.index(max(curve)) < job.federation.rounds, "the last round must not be the best here"
+    assert all(torch.equal(outcome.model[n], t) for n, t in coordinator.before[at].items())
+    assert any(not torch.equal(outcome.model[n], t) for n, t in coordinator.state["model"].items())
+
+    def other_test(splits: Splits) -> Splits:
+        rows = splits.test.rows
+        labels = splits.test.store.labels.clone()
+        labels[rows] = (labels[rows] + 1) % 10
+        store = replace(splits.test.store, labels=labels)
+        return Splits(*(Examples(store, getattr(splits, part).rows) for part in ("train", "validation", "test")))
+
+    again, measured = chosen({name: other_test(splits) for name, splits in sites.items()})
+    assert all(torch.equal(measured.model[n], t) for n, t in outcome.model.items())
+    assert again.progress.curve == coordinator.progress.curve
+    assert measured.all_sites["accuracy"] != outcome.all_sites["accuracy"]
+
+
+def test_a_round_that_lost_sites_is_repeated(make_job: Maker, sites: dict[str, Splits], tmp_path: Path) -> None:
+    """Two sites are lost once; the round is asked again and ends with the bits of an undisturbed run."""
+    job = make_job(method={"name": "scaffold"}, federation={"min_sites": 5})
+    expected = weights(run(job, sites)[0])
+    lost = {("b", 1), ("d", 1)}
+
+    def mend(reply: Contribution) -> Contribution:
+        if (reply.site, reply.round) in lost:
+            lost.remove((reply.site, reply.round))
+            return Contribution(reply.kind, reply.run, reply.site, reply.task, reply.round, "lost")
+        return reply
+
+    heard: list[dict[str, Any]] = []
+    engine = Disturbed(sites, mend, None, lambda name: DiskState(tmp_path, name))
+    coordinator = Coordinator(job, engine, "run", events=Events(listener=heard.append))
+    coordinator.run()
+    assert [e["round"] for e in heard if e["event"] == "repeat"] == [1]
+    assert all(torch.equal(v, expected[n]) for n, v in weights(coordinator).items())
+    assert coordinator.progress.totals.rounds == 2
+
+
+def test_a_small_cohort_needs_no_more_than_itself(make_job: Maker, sites: dict[str, Splits]) -> None:
+    """min_sites = 5 waits for five willing sites; a fraction of 0.4 then selects two of them."""
+    _, heard = run(make_job(federation={"min_sites": 5, "fraction": 0.4}), sites)
+    assert [len(e["sites"]) for e in heard if e["event"] == "round"] == [2, 2]
 
 
 def test_stream_rounds_and_budget() -> None:

@@ -259,3 +259,56 @@ def test_runs_are_named_and_leased_once(tmp_path: Path, make_job: Callable[..., 
         find_run(tmp_path, "../x")
     with pytest.raises(CompatibilityError, match="only a simulation can do"):
         create_run(tmp_path, job.replace(place="centralized"))
+
+
+def test_a_status_is_not_overwritten_by_one_who_knows_less(tmp_path: Path, make_job: Callable[..., Job]) -> None:
+    """A ServerApp that ends just after the operator has stopped the run does not make it done again."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from server.runs import create_run
+
+    run = create_run(tmp_path, make_job())
+    run.write(state="running")
+    run.write(state="stopped")
+    assert run.write(only_from=("running",), state="done").state == "stopped"
+    assert run.status().state == "stopped"
+
+    def count(_: int) -> None:
+        run.write(reason="x")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(count, range(60)))
+        list(pool.map(lambda n: run.write(leases=n) if n == 7 else run.write(lease=9), range(8)))
+    assert (run.status().reason, run.status().leases, run.status().lease) == ("x", 7, 9)
+
+
+def test_leases_are_counted_from_the_last_progress(tmp_path: Path, make_job: Callable[..., Job]) -> None:
+    """Five reboots of a run that advances in between are no reason to give it up."""
+    from server.checkpoint import write_checkpoint
+    from server.runs import create_run, lease
+
+    class Control:
+        def start_run(self, config: dict[str, Any]) -> int:
+            return 1
+
+    run = create_run(tmp_path, make_job())
+    for expected, reached in ((1, 0), (2, 0), (1, 4), (2, 4), (1, 5)):
+        if reached:
+            write_checkpoint(run.path / "checkpoint", {}, {"progress": {"round": reached}})
+        assert lease(run, Control(), tmp_path).leases == expected  # type: ignore[arg-type]
+
+
+def test_a_silent_node_holds_nobody_up(
+    make_job: Callable[..., Job], engine: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that hangs in its probe costs one bounded wait, not the round timeout of every round."""
+    import time
+
+    monkeypatch.setattr(flower_executor, "PROBE_SECONDS", 0.2)
+    answered = lambda i: None if i.site == "c" else engine.handler(i.site).handle(i)  # noqa: E731
+    coordinator, grid, heard = federation(make_job(federation={"rounds": 4}), answered, timeout=600.0)
+    began = time.monotonic()
+    coordinator.run()
+    assert time.monotonic() - began < 60
+    assert [k for k, site in grid.asked if site == "c"].count("probe") <= 2
+    assert [e["sites"] for e in heard if e["event"] == "round"] == [["a", "b"]] * 4

@@ -64,6 +64,16 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {"time": "offline", "federation": {"select": "best"}},
     ),
     (
+        "'best' would compare validation scores of different cohorts",
+        {"federation": {"select": "best", "fraction": 0.5}},
+        {"federation": {"select": "best"}},
+    ),
+    (
+        "[share] personal belongs to a federation; with place = 'centralized'",
+        {"place": "centralized", "share": {"personal": ["head.*"]}},
+        {"place": "federated", "share": {"personal": ["head.*"]}},
+    ),
+    (
         "isolated sites never aggregate, so method 'scaffold' would do nothing there",
         {"place": "isolated", **SCAFFOLD},
         {"place": "isolated", "method": {"name": "fedavg"}},

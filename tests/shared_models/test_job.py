@@ -86,7 +86,7 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
         ("data.mean=[nan]", "job.toml: 'data.mean.0' should be a finite number, not nan"),
         ("federation.max_update_norm=inf", "'federation.max_update_norm' should be a finite number"),
         ("method={name='fedprox', mu=inf}", "[method]: 'mu' should be a finite number, not inf"),
-        ("train=5", "job.toml: 'train' should be a valid dictionary"),
+        ("train=5", "job.toml: 'train' should be a table of settings"),
         ("place=hospital", "'place' should be 'centralized', 'isolated' or 'federated', not 'hospital'"),
         ("name=../x", "job.toml: 'name'"),
         ('name="x\\n"', "job.toml: 'name'"),
@@ -112,20 +112,21 @@ def test_set_overrides_with_toml_values_bare_words_lists_and_new_tables(path: Pa
         [
             "train.lr=0.2",
             "train.lr = 0.3",
-            "place=isolated",
+            "time=offline",
+            "stream.tasks=2",
             'name="b=c"'.replace("=c", "-c"),
             "train.deterministic=false",
             'share.personal=["head.*", "hidden1.*"]',
             "data.mean=[0.1, 0.2, 0.3]",
-            "federation={rounds = 3, min_sites = 2}",
+            "federation={rounds = 5, min_sites = 2}",
             "federation.fraction=0.5",
         ],
     )
     assert job.train.lr == 0.3
-    assert (job.place, job.name, job.train.deterministic) == ("isolated", "b-c", False)
+    assert (job.time, job.name, job.train.deterministic) == ("offline", "b-c", False)
     assert job.share.personal == ("head.*", "hidden1.*")
     assert job.data.mean == (0.1, 0.2, 0.3)
-    assert (job.federation.rounds, job.federation.min_sites, job.federation.fraction) == (3, 2, 0.5)
+    assert (job.federation.rounds, job.federation.min_sites, job.federation.fraction) == (5, 2, 0.5)
 
 
 def test_set_splits_at_the_first_equals_sign_only(path: Path) -> None:
@@ -194,7 +195,7 @@ def test_the_hash_never_changes_by_accident() -> None:
     assert job.canonical == (
         '{"continual":{"name":"finetune"},"data":{"mean":[0.5],"resize":"stretch","shape":[1,2,2],"std":[0.5]},'
         '"federation":{"fraction":1.0,"max_update_norm":1000000.0,"min_sites":1,"round_timeout":3600.0,"rounds":10,'
-        '"select":"last","wait":120.0},"method":{"name":"fedavg","weighting":"examples"},'
+        '"select":"last","wait":86400.0},"method":{"name":"fedavg","weighting":"examples"},'
         '"model":{"name":"logistic","size":"tiny"},"name":"pinned","place":"federated","seed":0,'
         '"share":{"base":[],"personal":[]},"stream":{"tasks":5},"task":{"labels":["a","b"],"name":"classification"},'
         '"time":"offline","train":{"batch_size":32,"deterministic":true,"epochs":1.0,"lr":0.05,"momentum":0.0,'

@@ -102,11 +102,15 @@ def test_tensors_of_all_widths_at_odd_offsets() -> None:
 
 
 def test_names_of_any_script_and_tensors_that_require_grad() -> None:
-    groups = {
-        "модель": {"a/b.c": torch.ones(2, requires_grad=True).detach(), 'q"\\\n': torch.zeros(1), "": torch.ones(1)}
-    }
+    groups = {"модель": {"a/b.c": torch.ones(2, requires_grad=True).detach(), 'q"\\': torch.zeros(1)}}
     assert same(there_and_back(groups), groups)
     assert not there_and_back({"m": {"w": torch.ones(2, requires_grad=True)}})["m"]["w"].requires_grad
+
+
+@pytest.mark.parametrize("name", ["", "a\x1b[2J", "line\nbreak", "x" * 201, "\x9b31m"])
+def test_a_name_that_a_terminal_would_obey_is_malformed(name: str) -> None:
+    with pytest.raises((Rejected, ValueError)):
+        there_and_back({"model": {name: torch.ones(1)}})
 
 
 def test_an_answer_comes_back_whole_and_its_tensors_are_ours_to_change() -> None:

@@ -269,7 +269,7 @@ def test_a_setting_beside_the_size_wins_over_its_row() -> None:
 @pytest.mark.parametrize(
     ("name", "keys", "message"),
     [
-        ("vti", {}, "unknown model 'vti'. did you mean 'vit'?"),
+        ("vti", {}, "[model]: unknown model 'vti'. did you mean 'vit'?"),
         ("vit", {"widht": 3}, "[model] vit: unknown key 'widht', did you mean 'width'?"),
         ("vit", {"dropout": 1}, "[model] vit: 'dropout' should be less than 1, not 1"),
         ("vit", {"dropout": float("nan")}, "[model] vit: 'dropout' should be a finite number, not nan"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from client.workbench import Benches
-from shared_models.errors import CompatibilityError, ConfigError, UnknownNameError
+from shared_models.errors import CompatibilityError, ConfigError, DeploymentError, UnknownNameError
 from shared_models.job import Job
 from simulations import results
 from simulations.compare import (
@@ -112,8 +112,8 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(job: Job, sites: Sit
     assert errors["centralized"] is None
     assert errors["isolated"] is None
     assert errors["federated"] is not None
-    assert "3 of 3 contributions accepted, 4 needed" in errors["federated"]
-    with pytest.raises(Exception, match="4 needed"):
+    assert "4 sites are needed (federation.min_sites) and the simulation has 3" in errors["federated"]
+    with pytest.raises(DeploymentError, match="4 sites are needed"):
         compare(job.replace(federation={"min_sites": 4}), sites, paradigms=[("federated", "offline")], seeds=(0,))
 
 
@@ -163,3 +163,32 @@ def test_words_and_roots_that_cannot_be(make_job: Maker, monkeypatch: pytest.Mon
         read_pool(make_job(simulation={"reader": "imagefolder", "root": "$NOWHERE/x"}), tmp_path)
     with pytest.raises(UnknownNameError, match="unknown reader 'digit'"):
         read_pool(make_job(simulation={"reader": "digit"}), tmp_path)
+
+
+def test_baselines_have_no_personal_entries(make_job: Maker, sites: SitePopulation) -> None:
+    """They would be measured at sites that never trained those entries, and lose for that alone."""
+    job = make_job(model={"name": "mlp"}, share={"personal": ["head.*"]}, federation={"rounds": 6})
+    plain = job.replace(share={"personal": []})
+    cells = [("centralized", "offline"), ("isolated", "offline")]
+    with_personal, without = (compare(j, sites, paradigms=cells, seeds=(0,)) for j in (job, plain))
+    assert [c.all_sites for c in with_personal.cells] == [c.all_sites for c in without.cells]
+
+
+def test_a_task_that_nobody_can_measure_is_refused_before_training(make_job: Maker, sites: SitePopulation) -> None:
+    labels = [*(str(c) for c in range(10)), "never", "seen"]
+    job = make_job(task={"labels": labels}, time="continual", stream={"tasks": 6}, federation={"rounds": 6})
+    with pytest.raises(ConfigError, match=r"no site has a test example of task 5 \(never, seen\)"):
+        paradigms["federated"](Setting(job, sites, Benches(torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("time", ["offline", "continual"])
+def test_a_budget_in_steps_is_the_same_samples_too(make_job: Maker, sites: SitePopulation, time: str) -> None:
+    job = make_job(
+        model={"name": "logistic"}, time=time, stream={"tasks": 2}, federation={"rounds": 2},
+        train={"steps": 5, "batch_size": 128},
+    )  # fmt: skip
+    totals = [
+        paradigms[place](Setting(variant(job, place, time, 0), sites, Benches(torch.device("cpu")))).totals.samples
+        for place in ("federated", "centralized", "isolated")
+    ]
+    assert totals[0] == totals[1] == totals[2]

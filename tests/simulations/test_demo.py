@@ -54,7 +54,10 @@ def test_interrupted_it_stops_every_process(tmp_path: Path) -> None:
     output, _ = child.communicate(timeout=60)
     assert child.returncode not in (0, None)
     assert "Traceback" not in output
-    assert processes_below(folder) == []
+    deadline = time.monotonic() + 30  # a child that was just being started is ended by the kernel, and takes its leave
+    while left := processes_below(folder):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 @pytest.mark.deploy
