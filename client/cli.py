@@ -116,7 +116,7 @@ def approve(
     dir: Dir = DEFAULT_DIR,
 ) -> None:
     """Agree to a job, also while the node runs. It is written into client.toml; remove it there to withdraw."""
-    from client.config import PolicyPart, load, save
+    from client.config import NodeFolder, PolicyPart, load, save
     from shared_models.validation import validate
 
     config = load(dir)
@@ -124,6 +124,8 @@ def approve(
     policy = validate(PolicyPart, {**config.policy.model_dump(), "approve": approved}, "client approve")
     save(dir, config.model_copy(update={"policy": policy}))
     typer.echo(f"site '{config.site}' agrees to job {job}")
+    if not (NodeFolder(dir).requests / f"{job}.toml").exists():
+        typer.echo("the server has not asked for it yet; compare the hash with the one that was submitted")
 
 
 @app.command()

@@ -35,13 +35,13 @@ def demo(
 def simulate(job: JobFile, set: Set = None, out: Out = None, as_json: Json = False) -> None:
     """Run one job as it stands, in this process, on simulated sites."""
     from shared_models.job import Job
-    from simulations.compare import load_sites, require_cohort, run_one
+    from simulations.compare import load_sites, require_enough, run_one
     from simulations.progress import progress
 
     resolved = Job.load(job, set or ())
     sites = load_sites(resolved, job.parent)
     if resolved.place == "federated":
-        require_cohort(resolved, sites)
+        require_enough(resolved, sites)
     folder = _folder(out, resolved.name)
     rounds = resolved.federation.rounds * (len(sites.names) if resolved.place == "isolated" else 1)
     with progress(rounds, quiet=as_json) as listen:
@@ -61,7 +61,7 @@ def compare(
 ) -> None:
     """Compare paradigms: same data, same split, same seeds, same budget."""
     from shared_models.job import Job
-    from simulations.compare import as_paradigms, compare, count_rounds, load_sites, require_cohort
+    from simulations.compare import as_paradigms, compare, count_rounds, load_sites, require_enough
     from simulations.progress import progress
 
     resolved = Job.load(job, set or ())
@@ -69,7 +69,7 @@ def compare(
     chosen = range(resolved.seed, resolved.seed + seeds)
     sites = load_sites(resolved, job.parent)
     if any(name == "federated" for name, _ in paradigms):
-        require_cohort(resolved, sites)
+        require_enough(resolved, sites)
     folder = _folder(out, f"{resolved.name}-compare")
     with progress(count_rounds(resolved, sites, paradigms, seeds), quiet=as_json) as listen:
         comparison = compare(

@@ -16,7 +16,6 @@ import torch
 from client.readers.base import Store, readers
 from client.workbench import Benches
 from server.coordinator import Totals
-from server.selection import select
 from shared_models.errors import ConfigError, FedzooError
 from shared_models.job import Job
 from shared_models.spec import build_model
@@ -177,14 +176,12 @@ def load_sites(job: Job, base: Path) -> SitePopulation:
     return sites
 
 
-def require_cohort(job: Job, sites: SitePopulation) -> None:
-    """Raise a ConfigError where no round of the federated place can ever have `federation.min_sites` contributions."""
-    cohort = len(select(sites.names, job.federation.fraction, job.seed, 0))
-    if cohort < job.federation.min_sites:
+def require_enough(job: Job, sites: SitePopulation) -> None:
+    """Raise a ConfigError where the federation has fewer sites than `federation.min_sites`: it would never start."""
+    if len(sites.names) < job.federation.min_sites:
         raise ConfigError(
-            f"federation.min_sites = {job.federation.min_sites}, but a round has {cohort} of the {len(sites.names)} "
-            f"simulated sites (federation.fraction = {job.federation.fraction:g})",
-            hint="Lower min_sites, or raise fraction or simulation.sites",
+            f"federation.min_sites = {job.federation.min_sites}, but the simulation has {len(sites.names)} sites",
+            hint="Lower federation.min_sites or raise simulation.sites",
         )
 
 

@@ -118,7 +118,7 @@ def write_hospitals(sites: SitePopulation, root: Path) -> dict[str, int]:
 
 
 def _make_folder(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (folder / MARK).exists():
             raise ConfigError(f"{folder} is not empty and not a demo's", hint="Name another folder with --dir")
         shutil.rmtree(folder)

@@ -30,17 +30,11 @@ from shared_models.process import free_port
 ROOT = Path(fedzoo.__file__).resolve().parent
 JOB = """\
 name = "job"
-[model]
-name = "logistic"
-[task]
-labels = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
-[data]
-shape = [1, 8, 8]
-[train]
-momentum = 0.9
-[federation]
-rounds = 2
-min_sites = 3
+model = { name = "logistic" }
+task = { labels = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"] }
+data = { shape = [1, 8, 8] }
+train = { momentum = 0.9 }
+federation = { rounds = 2, min_sites = 3 }
 """
 
 
@@ -99,11 +93,13 @@ def node(here: Path) -> Path:
 
 
 @pytest.fixture
-def listener() -> Iterator[socket.socket]:
-    """Something that listens, where nobody is meant to call."""
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        bound.setblocking(False)
-        yield bound
+def uncalled() -> Iterator[str]:
+    """The address of a listener that nobody may have called when the test ends."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 def files(folder: Path) -> dict[str, bytes | None]:
@@ -114,6 +110,10 @@ def files(folder: Path) -> dict[str, bytes | None]:
 def has(line: str, *words: str) -> None:
     """All words stand in the line."""
     assert [word for word in words if word not in line] == [], line
+
+
+def sets(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
 
 
 def an_invite(address: str, seconds: float = 3600) -> str:
@@ -142,8 +142,6 @@ def an_invite(address: str, seconds: float = 3600) -> str:
         ("train.lr=nan", ("'train.lr'", "finite", "not nan")),
         ("train=5", ("'train' should be a table of settings, not 5",)),
         ("data.shape=8", ("'data.shape' should be a list, not 8",)),
-        ("data.shape=[2,8,8]", ("'data.shape.0' should be 1 or 3, not 2",)),
-        ("task.labels=['a','a']", ("'task'", "a label stands twice")),
     ],
 )
 def test_a_setting_that_cannot_be(refused, setting: str, words: tuple[str, ...]) -> None:
@@ -165,20 +163,14 @@ def test_a_setting_that_cannot_be(refused, setting: str, words: tuple[str, ...])
     ],
 )
 def test_settings_that_exclude_each_other(refused, settings: list[str], words: tuple[str, ...]) -> None:
-    has(refused("simulate", "job.toml", *(w for s in settings for w in ("--set", s))), "job 'job'", *words)
+    has(refused("simulate", "job.toml", *sets(*settings)), "job 'job'", *words)
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("train.lr", ("--set 'train.lr' is not of the form table.key=value", "--set train.lr=0.1")),
-        ("=5", ("--set '=5' is not of the form table.key=value",)),
-        ("train..lr=5", ("--set 'train..lr=5' is not of the form table.key=value",)),
-        ("name.x=1", ("'name' is a value, not a table",)),
-    ],
-)
-def test_an_override_of_the_wrong_form(refused, override: str, words: tuple[str, ...]) -> None:
-    has(refused("simulate", "job.toml", "--set", override), *words)
+def test_an_override_of_the_wrong_form(refused) -> None:
+    for wrong in ("train.lr", "=5", "train..lr=5"):
+        told = refused("simulate", "job.toml", "--set", wrong)
+        has(told, f"--set '{wrong}' is not of the form table.key=value", "--set train.lr=0.1")
+    has(refused("simulate", "job.toml", "--set", "name.x=1"), "'name' is a value, not a table")
 
 
 def test_a_job_file_that_cannot_be_read(refused, here: Path) -> None:
@@ -187,8 +179,6 @@ def test_a_job_file_that_cannot_be_read(refused, here: Path) -> None:
     (here / "broken.toml").write_text('name = "x"\n[model\nname = "mlp"\n')
     for command in ("simulate", "compare"):
         has(refused(command, "broken.toml"), "broken.toml is not valid TOML", "line 2")
-    (here / "bytes.toml").write_bytes(b"\xff\xfe")
-    has(refused("run", "submit", "bytes.toml"), "bytes.toml is not valid TOML")
 
 
 def test_a_command_line_of_the_wrong_form(refused) -> None:
@@ -206,8 +196,7 @@ def test_a_command_line_of_the_wrong_form(refused) -> None:
 
 def test_data_that_cannot_be_read(refused, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def told(root: str) -> str:
-        settings = ("simulation.reader=imagefolder", f"simulation.root={root}")
-        return refused("simulate", "job.toml", *(w for s in settings for w in ("--set", s)))
+        return refused("simulate", "job.toml", *sets("simulation.reader=imagefolder", f"simulation.root={root}"))
 
     monkeypatch.delenv("NOWHERE", raising=False)
     has(told("$NOWHERE/x"), "environment variable NOWHERE", "not set", "export NOWHERE=")
@@ -227,26 +216,21 @@ def test_data_that_cannot_be_read(refused, here: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("command", [["simulate"], ["compare", "--seeds", "1"]])
 def test_sites_that_can_never_do_the_job(refused, command: list[str]) -> None:
     def told(*settings: str) -> str:
-        return refused(*command, "job.toml", *(w for s in settings for w in ("--set", s)))
+        return refused(*command, "job.toml", *sets(*settings))
 
-    has(told("federation.min_sites=4"), "federation.min_sites = 4", "3 of the 3 simulated sites", "Lower min_sites")
-    has(told("federation.fraction=0.3"), "federation.min_sites = 3", "1 of the 3", "raise fraction")
+    has(told("federation.min_sites=4"), "federation.min_sites = 4", "3 sites", "or raise simulation.sites")
     has(told("simulation.partition=dirichlet", "simulation.sites=2000"), "2000 sites", "Lower simulation.min_examples")
     has(told("simulation.partition=column"), "needs data with a site column", "'iid' or 'dirichlet'")
     many = ("simulation.sites=250", "simulation.min_examples=1")
     has(told(*many), "no example for the", "part", "Lower simulation.sites")
 
 
-@pytest.mark.parametrize(
-    ("model", "shape", "words"),
-    [
-        ("cnn", "[1,1,1]", ("'cnn'", "1x1 pixels", "smallest is 4x4", "Enlarge the images")),
-        ("vit", "[1,5,5]", ("'vit'", "5x5 pixels", "patches of side 2", "Set patch to one of 1, 5")),
-    ],
-)
-def test_an_image_too_small_for_the_model(refused, server, model: str, shape: str, words: tuple[str, ...]) -> None:
-    for command in (("simulate",), ("compare",), ("run", "submit")):
-        has(refused(*command, "job.toml", "--set", f"model.name={model}", "--set", f"data.shape={shape}"), *words)
+@pytest.mark.parametrize("command", [["simulate"], ["compare"], ["run", "submit"]])
+def test_an_image_too_small_for_the_model(refused, server: dict[str, int], command: list[str]) -> None:
+    told = refused(*command, "job.toml", *sets("model.name=cnn", "data.shape=[1,1,1]"))
+    has(told, "'cnn'", "1x1 pixels", "smallest is 4x4", "Enlarge the images")
+    told = refused(*command, "job.toml", *sets("model.name=vit", "data.shape=[1,5,5]"))
+    has(told, "'vit'", "5x5 pixels", "patches of side 2", "Set patch to one of 1, 5")
 
 
 def test_a_single_place_needs_no_other_sites(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,6 +248,8 @@ def test_an_output_folder_that_cannot_be_used(refused, here: Path) -> None:
     for command in ("simulate", "compare"):
         has(refused(command, "job.toml", "--out", "out"), "folder out is not empty", "--out")
         has(refused(command, "job.toml", "--out", "file"), "folder file cannot be made", "--out")
+    for path in ("out", "file"):
+        has(refused("demo", "--dir", path), f"{path} is not empty and not a demo's", "--dir")
 
 
 def test_a_report_of_what_is_no_run(refused, here: Path) -> None:
@@ -286,23 +272,17 @@ def test_a_server_that_cannot_be_made(refused, here: Path) -> None:
     has(refused("server", "init", "--fleet-port", "9093"), "the four ports must differ")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        *(["server", word] for word in ("start", "nodes", "status")),
-        *(["server", word, "a"] for word in ("invite", "revoke")),
-        *(["run", word] for word in ("list", "watch")),
-        *(["run", word, "last"] for word in ("stop", "resume")),
-        ["run", "submit", "job.toml"],
-    ],
-)
-def test_no_server_here(refused, command: list[str]) -> None:
-    has(refused(*command), "there is no fedzoo-server/server.toml", "fedzoo server init --dir fedzoo-server")
+ON_A_SERVER = [f"server {words}" for words in ("start", "nodes", "status", "invite a", "revoke a")]
+ON_A_SERVER += [f"run {words}" for words in ("list", "watch", "stop last", "resume last", "submit job.toml")]
+
+
+@pytest.mark.parametrize("command", ON_A_SERVER)
+def test_no_server_here(refused, command: str) -> None:
+    has(refused(*command.split()), "there is no fedzoo-server/server.toml", "fedzoo server init --dir fedzoo-server")
 
 
 def test_a_server_that_does_not_run(refused, server: dict[str, int]) -> None:
     has(refused("run", "submit", "job.toml"), f"127.0.0.1:{server['control']}", "fedzoo server start")
-    has(refused("run", "submit", "job.toml", "--set", "place=isolated"), "the server is not running")
     has(refused("run", "watch"), "there is no run 'last' in fedzoo-server/runs")
     has(refused("run", "watch", "../job"), "there is no run '../job'")
 
@@ -327,41 +307,46 @@ def test_a_port_in_use_stops_the_start_and_nothing_else(server: dict[str, int], 
 # The node
 
 
-@pytest.mark.parametrize("command", ["start", "check", "status"])
-def test_no_node_here(refused, here: Path, command: str) -> None:
-    has(refused("client", command), "fedzoo-node", "Enroll first: fedzoo client enroll INVITE")
+@pytest.mark.parametrize("command", [["start"], ["check"], ["status"], ["approve", "a" * 64]])
+def test_no_node_here(refused, here: Path, command: list[str]) -> None:
+    has(refused("client", *command), "fedzoo-node", "Enroll first: fedzoo client enroll INVITE")
     (here / "empty").mkdir()
-    if command != "status":
-        has(refused("client", command, "--dir", "empty"), "there is no empty/client.toml", "Enroll first")
+    has(refused("client", *command, "--dir", "empty"), "there is no empty/client.toml", "Enroll first")
 
 
-def test_a_mistyped_hash(refused, node: Path) -> None:
+def test_a_mistyped_hash(refused, node: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("abc", "g" * 64, "a" * 63):
         has(refused("client", "start", "--approve", wrong), "--approve", "approve.0", wrong[:55])
+        has(refused("client", "approve", wrong), "client approve", "approve.0", wrong[:55])
+    for hash, doubt in (("a" * 64, True), ("b" * 64, False)):  # well formed: only the request tells
+        (node / "requests").mkdir(exist_ok=True)
+        (node / "requests" / f"{'b' * 64}.toml").touch()
+        with pytest.raises(SystemExit) as end:
+            fedzoo.main(["client", "approve", hash])
+        assert end.value.code == 0
+        assert ("has not asked for it yet" in capsys.readouterr().out) == doubt
 
 
-def test_an_invite_that_is_none(refused, listener: socket.socket) -> None:
-    good = an_invite(f"127.0.0.1:{listener.getsockname()[1]}")
+def test_an_invite_that_is_none(refused, uncalled: str) -> None:
+    good = an_invite(uncalled)
     at = len(good) // 2
     mistyped = good[:at] + ("A" if good[at] != "A" else "B") + good[at + 1 :]
     for bad in (mistyped, good[:-1], good[:60], good[:at] + good[at + 1 :]):
         has(refused("client", "enroll", bad, "--data", "."), "the invite is damaged", "Copy the whole string again")
     has(refused("client", "enroll", "hello", "--data", "."), "this is not an invite", "fedzoo1.")
-    expired = an_invite(f"127.0.0.1:{listener.getsockname()[1]}", seconds=-60)
+    expired = an_invite(uncalled, seconds=-60)
     has(refused("client", "enroll", expired, "--data", "."), "site 'a' expired at", "Ask the server's operator")
-    nobody_called(listener)
 
 
-def test_a_mistake_at_enrollment_costs_no_invite(refused, node: Path, listener: socket.socket) -> None:
+def test_a_mistake_at_enrollment_costs_no_invite(refused, node: Path, uncalled: str) -> None:
     """The server is not even called before everything on this side is known to be right."""
-    invite = an_invite(f"127.0.0.1:{listener.getsockname()[1]}")
+    invite = an_invite(uncalled)
     has(refused("client", "enroll", invite, "--dir", "n", "--data", "nowhere"), "no data folder nowhere", "--data")
     has(refused("client", "enroll", invite, "--dir", "n", "--data", "job.toml"), "no data folder job.toml", "--data")
     wrong_format = refused("client", "enroll", invite, "--dir", "n", "--data", ".", "--format", "imagefoldr")
     has(wrong_format, "unknown reader 'imagefoldr'", "did you mean 'imagefolder'?")
     has(refused("client", "enroll", invite, "--data", "."), "fedzoo-node exists already", "--dir")
     has(refused("client", "enroll", invite), "Missing option '--data'", "fedzoo client enroll --help")
-    nobody_called(listener)
 
 
 def test_an_unreachable_server_costs_no_invite(refused, server: dict[str, int]) -> None:
@@ -408,15 +393,6 @@ def test_interrupted(here: Path) -> None:
 
 def process(*words: str) -> subprocess.Popen[str]:
     """The command as a process of its own in this folder."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "fedzoo", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def nobody_called(listener: socket.socket) -> None:
-    with pytest.raises(BlockingIOError):
-        listener.accept()
+    command = [sys.executable, "-m", "fedzoo", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
