@@ -38,7 +38,8 @@ def train(bench: Workbench, data: Examples, instruction: Instruction, states: Se
     site, task, number = instruction.site, instruction.task, instruction.round
     steps = count_steps(len(data), part.batch_size, instruction.budget)
     samples, lr_sum = 0, 0.0
-    bench.model.train()
+    if not bench.model.training:
+        bench.model.train()
     with keyed_global(key(job.seed, "forward", site=site, task=task, round=number), bench.device):
         order = batches(len(data), part.batch_size, instruction.budget, job.seed, site=site, task=task, round=number)
         for step, rows in enumerate(order):
@@ -122,9 +123,10 @@ def learning_rate(part: TrainPart, position: float) -> float:
 def evaluate(bench: Workbench, data: Examples) -> dict[str, Tensor]:
     """Metric sums of the loaded model on these examples; empty for none."""
     sums: dict[str, Tensor] = {}
+    if not len(data):
+        return sums
     bench.model.eval()
     for rows in torch.arange(len(data)).split(EVALUATION_BATCH):
-        if len(rows):
-            batch: Batch = data.batch(rows, bench.device)
-            add_sums(sums, bench.task.sums(bench.model(batch.x), batch))
+        batch: Batch = data.batch(rows, bench.device)
+        add_sums(sums, bench.task.sums(bench.model(batch.x), batch))
     return sums

@@ -18,6 +18,7 @@ from shared_models.job import DataPart
 from shared_models.registry import Registry
 from shared_models.tasks.base import Batch
 
+KEPT_NORMALISED = 256 * 2**20  # bytes
 PARTS = ("train", "validation", "test")
 
 
@@ -46,6 +47,14 @@ class Store:
         """(255 mean, 255 std), each (C, 1, 1) or (1, 1, 1): normalisation of raw bytes in two operations."""
         return tuple(torch.tensor(v).float().reshape(-1, 1, 1) * 255 for v in (self.data.mean, self.data.std))  # type: ignore[return-value]
 
+    @cached_property
+    def inputs(self) -> Tensor | None:
+        """All images normalised, (N, C, H, W) float32, where they fit into 256 MiB; else each batch is normalised."""
+        if 4 * self.images.numel() > KEPT_NORMALISED:
+            return None
+        shift, scale = self.scale
+        return self.images.float().sub_(shift).div_(scale)
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -69,9 +78,12 @@ class Examples:
     def batch(self, indices: Tensor, device: torch.device | None = None) -> Batch:
         """x (B, C, H, W) float32, `(bytes / 255 - mean) / std`, and y (B,) int64, on `device`."""
         rows = self.rows[indices]
+        on_gpu = device is not None and device.type != "cpu"
+        if not on_gpu and self.store.inputs is not None:
+            return Batch(self.store.inputs[rows], self.store.labels[rows])
         shift, scale = self.store.scale
         x, y = self.store.images[rows], self.store.labels[rows]
-        if device is not None and device.type != "cpu":
+        if on_gpu:
             x, y, shift, scale = (t.to(device, non_blocking=True) for t in (x, y, shift, scale))
         return Batch(x.float().sub_(shift).div_(scale), y)
 

@@ -59,4 +59,4 @@ class InProcess:
         """The site's entry; what it remembers lives as long as this engine."""
         if site not in self._states:
             self._states[site] = self._make_state(site)
-        return Handler(site, lambda job: self.splits(site), self._states[site], self._policy, self.benches)
+        return Handler(site, lambda job: self.splits(site), self._states[site], self._policy, self.benches, check=False)
