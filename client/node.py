@@ -135,6 +135,7 @@ class _Node:
         self.supernode = _Part("supernode", self._supernode_command, folder)
         self.worker = _Part("worker", self._worker_command, folder)
         self._refused_since: float | None = None
+        self._requests = set(folder.requests.glob("*.toml"))
         self._told = Status(0, "stopped", "", 0.0, 0)
         self._tell()
 
@@ -142,6 +143,7 @@ class _Node:
         """Look at both parts once."""
         self._tick_supernode()
         self._tick_worker()
+        self._tell_requests()
         self._tell()
 
     def stop(self) -> None:
@@ -192,6 +194,12 @@ class _Node:
         if changed:
             online = f"site '{self.config.site}' answers {self.config.server.fleet}"
             self.on_event(f"{worst.state}: {worst.reason or online}")
+
+    def _tell_requests(self) -> None:
+        """Report each job that asks for approval, once."""
+        for path in sorted(set(self.folder.requests.glob("*.toml")) - self._requests):
+            self._requests.add(path)
+            self.on_event(f"a job asks to run; read {path}, then: fedzoo client approve {path.stem}")
 
     def _supernode_command(self) -> list[str]:
         try:

@@ -42,7 +42,7 @@ def read_pool(job: Job, base: Path) -> Store:
 
     Raises:
         UnknownNameError: there is no such reader.
-        ConfigError: an environment variable of the root is not set.
+        ConfigError: the root, or an environment variable in it, is not set.
         DataError: the data cannot be read.
     """
     import os
@@ -55,8 +55,13 @@ def read_pool(job: Job, base: Path) -> Store:
                 f"simulation.root = '{root}' needs the environment variable {name}, which is not set",
                 hint=f"export {name}=<folder>",
             )
-    path = base / os.path.expandvars(root)
-    return readers.get(job.simulation.reader, "simulation.reader")().read(path, job.data, job.task.labels, {})
+    reader = readers.get(job.simulation.reader, "simulation.reader")()
+    if reader.needs_root and not root:
+        raise ConfigError(
+            f"simulation.root is not set, and the reader '{job.simulation.reader}' needs a folder",
+            hint="A relative one starts at the job file",
+        )
+    return reader.read(base / os.path.expandvars(root), job.data, job.task.labels, {})
 
 
 def variant(job: Job, place: Place, time: Time, seed: int) -> Job:

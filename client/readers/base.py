@@ -134,9 +134,9 @@ def part_of(name: str) -> str:
 
 
 class Reader(ABC):
-    """Reads one format of private data as it lies."""
+    """Reads one format of private data as it lies; one that brings its own has `needs_root = False`."""
 
-    name: ClassVar[str]
+    needs_root: ClassVar[bool] = True
 
     @abstractmethod
     def read(self, root: Path, data: DataPart, labels: Sequence[str], mapping: Mapping[str, str]) -> Store:

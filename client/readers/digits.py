@@ -20,6 +20,8 @@ from shared_models.job import DataPart
 class Digits(Reader):
     """Pixels 0..16 are scaled to bytes 0..255. The root is not used."""
 
+    needs_root = False
+
     def read(self, root: Path, data: DataPart, labels: Sequence[str], mapping: Mapping[str, str]) -> Store:
         """Samples in the order of label list and index; labels must be the ten digits, in any order."""
         index = {label: i for i, label in enumerate(labels)}
