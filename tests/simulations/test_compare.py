@@ -161,7 +161,7 @@ def test_words_and_roots_that_cannot_be(make_job: Maker, monkeypatch: pytest.Mon
     monkeypatch.delenv("NOWHERE", raising=False)
     with pytest.raises(ConfigError, match="environment variable NOWHERE"):
         read_pool(make_job(simulation={"reader": "imagefolder", "root": "$NOWHERE/x"}), tmp_path)
-    with pytest.raises(ConfigError, match="simulation.root is not set, and the reader 'imagefolder' needs a folder"):
+    with pytest.raises(ConfigError, match=r"simulation.root is not set, and the reader 'imagefolder' needs a folder"):
         read_pool(make_job(simulation={"reader": "imagefolder"}), tmp_path)
     with pytest.raises(UnknownNameError, match="unknown reader 'digit'"):
         read_pool(make_job(simulation={"reader": "digit"}), tmp_path)
