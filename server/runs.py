@@ -23,6 +23,7 @@ from shared_models.registry import nearest
 
 ACTIVE = ("submitted", "running")
 MAX_LEASES = 5
+LEASING_SECONDS = 60.0  # in which a Flower run has started or its starter is gone
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Status:
     Attributes:
         state: created (no lease yet), submitted, running, done, failed or stopped.
         reason: why it failed, in one line.
-        lease: id of the Flower run that carries it now; nothing is named by it.
+        lease: id of the Flower run that carries it now, 0 while one is being started; nothing is named by it.
         leases: how many there were since the checkpoint last advanced.
         reached: the checkpointed round at the last lease.
         updated: Unix seconds.
@@ -148,7 +149,7 @@ def lease(folder: RunFolder, control: FlowerControl, server_dir: Path) -> Status
     """Start a Flower run that carries on from the run's checkpoint."""
     before, reached = folder.status(), folder.checkpointed()
     leases = 1 if reached > before.reached else before.leases + 1
-    folder.write(state="submitted", leases=leases, reached=reached)
+    folder.write(state="submitted", lease=0, leases=leases, reached=reached)
     flower_run = control.start_run({"run": folder.id, "server-dir": str(server_dir.resolve())})
     return folder.write(lease=flower_run)
 
@@ -166,7 +167,12 @@ def renew_leases(runs: Path, control: FlowerControl, server_dir: Path) -> list[s
     for folder in active:
         status = folder.status()
         ended = flower.get(status.lease, "finished:gone").startswith("finished")
-        lost = not folder.is_carried() if status.state == "running" else ended
+        if status.state == "running":
+            lost = not folder.is_carried()
+        elif status.lease:
+            lost = ended
+        else:  # somebody is taking out a lease just now, unless he was killed while he did
+            lost = time.time() - status.updated > LEASING_SECONDS
         if not lost or folder.status() != status:  # it may have ended while we looked
             continue
         if not ended:

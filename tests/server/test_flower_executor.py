@@ -282,6 +282,37 @@ def test_a_status_is_not_overwritten_by_one_who_knows_less(tmp_path: Path, make_
     assert (run.status().reason, run.status().leases, run.status().lease) == ("x", 7, 9)
 
 
+def test_a_run_that_is_being_leased_is_not_leased_twice(
+    tmp_path: Path, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fedzoo run submit` and the server's own look at the runs happen in two processes."""
+    from server import runs
+
+    started: list[list[str]] = []
+
+    class Control:
+        def start_run(self, config: dict[str, Any]) -> int:
+            if not started:  # the server looks just while the operator's command waits for SuperLink
+                started.append(runs.renew_leases(tmp_path, self, tmp_path))  # type: ignore[arg-type]
+            return 7
+
+        def runs(self) -> dict[int, str]:
+            return {7: "running"}
+
+        def stop_run(self, run: int) -> None:
+            raise AssertionError("nothing is to be stopped")
+
+    control = Control()
+    run = runs.create_run(tmp_path, make_job())
+    runs.lease(run, control, tmp_path)  # type: ignore[arg-type]
+    assert started == [[]]
+    assert (run.status().lease, run.status().leases) == (7, 1)
+    run.write(lease=0)  # its starter was killed
+    monkeypatch.setattr(runs, "LEASING_SECONDS", -1.0)
+    control.stop_run = lambda run: None  # type: ignore[method-assign]
+    assert runs.renew_leases(tmp_path, control, tmp_path) == [f"run {run.id} goes on from its checkpoint"]  # type: ignore[arg-type]
+
+
 def test_leases_are_counted_from_the_last_progress(tmp_path: Path, make_job: Callable[..., Job]) -> None:
     """Five reboots of a run that advances in between are no reason to give it up."""
     from server.checkpoint import write_checkpoint
