@@ -146,11 +146,15 @@ def list_runs(runs: Path) -> list[RunFolder]:
 
 
 def lease(folder: RunFolder, control: FlowerControl, server_dir: Path) -> Status:
-    """Start a Flower run that carries on from the run's checkpoint."""
+    """Start a Flower run that carries on from the run's checkpoint; where that fails, the status is as before."""
     before, reached = folder.status(), folder.checkpointed()
     leases = 1 if reached > before.reached else before.leases + 1
     folder.write(state="submitted", lease=0, leases=leases, reached=reached)
-    flower_run = control.start_run({"run": folder.id, "server-dir": str(server_dir.resolve())})
+    try:
+        flower_run = control.start_run({"run": folder.id, "server-dir": str(server_dir.resolve())})
+    except BaseException:
+        folder.write(only_from=("submitted",), state=before.state, lease=before.lease, leases=before.leases)
+        raise
     return folder.write(lease=flower_run)
 
 

@@ -313,6 +313,21 @@ def test_a_run_that_is_being_leased_is_not_leased_twice(
     assert runs.renew_leases(tmp_path, control, tmp_path) == [f"run {run.id} goes on from its checkpoint"]  # type: ignore[arg-type]
 
 
+def test_a_lease_that_cannot_be_had_changes_nothing(tmp_path: Path, make_job: Callable[..., Job]) -> None:
+    """SuperLink dies while a lost run is being leased: the run is still lost, and leased when SuperLink is back."""
+    from server.runs import create_run, lease
+
+    class Dead:
+        def start_run(self, config: dict[str, Any]) -> int:
+            raise DeploymentError("gone")
+
+    run = create_run(tmp_path, make_job())
+    run.write(state="running", lease=5, leases=1)
+    with pytest.raises(DeploymentError):
+        lease(run, Dead(), tmp_path)  # type: ignore[arg-type]
+    assert (run.status().state, run.status().lease, run.status().leases) == ("running", 5, 1)
+
+
 def test_leases_are_counted_from_the_last_progress(tmp_path: Path, make_job: Callable[..., Job]) -> None:
     """Five reboots of a run that advances in between are no reason to give it up."""
     from server.checkpoint import write_checkpoint
