@@ -91,17 +91,24 @@ def start(
         list[str] | None, typer.Option(metavar="HASH", help="A job this site agrees to; may be repeated.")
     ] = None,
     approve_all: Annotated[bool, typer.Option("--approve-all", help="Agree to every job of this server.")] = False,
+    skip_bad: Annotated[
+        int | None,
+        typer.Option("--skip-bad", min=0, help="Pass over up to N unusable files and list them in the worker's log."),
+    ] = None,
 ) -> None:
     """Run the node in the foreground until Ctrl-C. Without approval nothing runs on the data."""
     import signal
     import threading
 
-    from client.config import PolicyPart, load
+    from client.config import PolicyPart, load, save
     from client.node import run
     from shared_models.validation import validate
 
     config = load(dir)
     validate(PolicyPart, {"approve": approve or []}, "--approve")
+    if skip_bad is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"skip_bad": skip_bad})})
+        save(dir, config)  # the worker reads it there, as at every later start
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

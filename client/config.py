@@ -41,12 +41,16 @@ class DataPart(Part):
     Attributes:
         folder: absolute path; it never leaves this file.
         format: name of a registered reader, e.g. `imagefolder`.
-        labels: this site's own class name -> the job's label, where they differ.
+        labels: this site's own word for a class -> the job's label, where they differ.
+        values: column of a table -> this site's own word -> the word that all sites share, where codings differ.
+        skip_bad: how many files or rows that cannot be used are passed over; one more stops the site's part.
     """
 
     folder: Path
     format: str
     labels: dict[str, str] = {}
+    values: dict[str, dict[str, str]] = {}
+    skip_bad: Annotated[int, Field(ge=0)] = 0
 
 
 class PolicyPart(Part):
@@ -55,10 +59,12 @@ class PolicyPart(Part):
     Attributes:
         approve: hashes of the jobs this site has agreed to, 64 hex digits each.
         approve_all: agree to every job of this server.
+        statistics: give sums of the training examples for normalisation, where an approved job wants them.
     """
 
     approve: tuple[JobHash, ...] = ()
     approve_all: bool = False
+    statistics: bool = True
 
 
 class ClientConfig(Part):

@@ -11,7 +11,8 @@ from flwr.app import Context, Message
 from client.config import ClientConfig, NodeFolder, load
 from client.handler import Handler
 from client.policy import Policy
-from client.readers.base import Splits, readers, split
+from client.readers import read
+from client.readers.base import Splits, Wanted, split
 from client.state import DiskState
 from client.workbench import Benches
 from shared_models.errors import FedzooError
@@ -43,6 +44,7 @@ def client_app(
         requests=folder.requests,
         as_written=True,
         later=lambda: load(node_dir).policy.approve,
+        statistics=config.policy.statistics,
     )
     handler = Handler(config.site, NodeData(config), DiskState(folder.state, config.site), policy, Benches())
 
@@ -60,19 +62,20 @@ def client_app(
 
 
 class NodeData:
-    """The site's own examples, read once per preprocessing and label list."""
+    """The site's own examples, read once per preprocessing, label list and form of target."""
 
     def __init__(self, config: ClientConfig) -> None:
         self.config = config
-        self._key: object = None
+        self._wanted: Wanted | None = None
         self._splits: Splits | None = None
 
     def __call__(self, job: Job) -> Splits:
         """Raises DataError, which names files and stays here."""
-        wanted = (job.data, job.task.labels)
-        if self._splits is None or self._key != wanted:
-            data = self.config.data
-            reader = readers[data.format]()
-            self._splits = split(reader.read(data.folder, job.data, job.task.labels, data.labels))
-            self._key = wanted
+        data = self.config.data
+        wanted = Wanted.by(job, data.labels, skip_bad=data.skip_bad, values={"": data.values})
+        if self._splits is None or self._wanted != wanted:
+            store = read(data.format, data.folder, wanted)
+            for line in store.skipped:
+                log.warning("passed over: %s", line)
+            self._splits, self._wanted = split(store), wanted
         return self._splits

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 from client.policy import Policy
 from client.readers.base import Examples, Splits
 from client.state import State
-from client.trainer import EVALUATION_BATCH, evaluate, train
+from client.trainer import evaluate, in_order, train
 from client.workbench import Workbench, determinism
 from shared_models.checks import check_contribution
-from shared_models.errors import FedzooError, FingerprintError
+from shared_models.errors import DataError, FedzooError, FingerprintError
 from shared_models.job import Job
 from shared_models.keys import key, keyed_global
 from shared_models.messages import Contribution, Instruction, refusal
+from shared_models.normalisation import FEWEST, channel_sums
 from shared_models.spec import require_same
 from shared_models.sums import Groups
-from shared_models.tasks.base import Batch
 
 log = logging.getLogger("fedzoo.client")
 
@@ -62,6 +62,9 @@ class Handler:
         except FedzooError as error:
             log.error("%s, round %d: %s", instruction.kind, instruction.round, error)
             return refusal(instruction, error.code)
+        except torch.OutOfMemoryError as error:
+            log.error("%s, round %d: not even one example fits: %s", instruction.kind, instruction.round, error)
+            return refusal(instruction, "out-of-memory")
         except Exception:
             log.exception("%s, round %d failed", instruction.kind, instruction.round)
             return refusal(instruction, "exception")
@@ -79,6 +82,9 @@ class Handler:
         if stored is not None:
             log.info("round %d was answered before; the same answer is sent again", instruction.round)
             return stored
+        if instruction.kind == "statistics":
+            return self._statistics(instruction, splits.train)
+        splits = _normalised(splits, instruction)
         kept = {owner: _on(bench.device, groups) for owner, groups in self.state.load(instruction.run).items()}
         bench.load(dict(instruction.groups["model"]), kept.get("personal", {}))
         metrics = {
@@ -107,6 +113,16 @@ class Handler:
         examples = len(self.data(instruction.job).train)
         return self._reply(instruction, document=bench.spec.document, examples=examples)
 
+    def _statistics(self, instruction: Instruction, examples: Examples) -> Contribution:
+        """Sums over the training examples, from which the server makes mean and deviation for all sites."""
+        if len(examples) < FEWEST:
+            raise DataError(
+                f"{len(examples)} training examples are too few to give sums of them ({FEWEST} at least)",
+                code="too-few-examples",
+            )
+        sums = channel_sums(examples.store.x[examples.rows], examples.store.unit)
+        return self._reply(instruction, examples=len(examples), groups={"statistics": sums})
+
     def _train(
         self,
         instruction: Instruction,
@@ -129,6 +145,7 @@ class Handler:
             examples=len(examples),
             samples=progress.samples,
             steps=progress.steps,
+            halvings=progress.halvings,
             metrics=metrics,
             groups=_on(torch.device("cpu"), up),
         )
@@ -143,7 +160,7 @@ class Handler:
         after = dict(kept)
         bench.model.eval()
         for piece in bench.pieces:
-            batches = _in_order(examples, bench.device)
+            batches = in_order(examples, bench)
             after[piece.name] = piece.end_task(bench.model, bench.task, batches, kept.get(piece.name, {}))
         reply = self._reply(instruction, examples=len(examples))
         self.state.save(instruction, after, reply)
@@ -169,6 +186,17 @@ def _on(device: torch.device, groups: Groups) -> Groups:
     return {g: {n: t.to(device) for n, t in ts.items()} for g, ts in groups.items()}
 
 
-def _in_order(examples: Examples, device: torch.device) -> Iterator[Batch]:
-    for rows in torch.arange(len(examples)).split(EVALUATION_BATCH):
-        yield examples.batch(rows, device)
+def _normalised(splits: Splits, instruction: Instruction) -> Splits:
+    """The examples as the job normalises them; by what the sites measured, where it says so.
+
+    Raises:
+        FingerprintError: the statistics are missing, or not of this job's form.
+    """
+    if instruction.job.data.normalise_by != "sites":
+        return splits
+    given, form = instruction.statistics, (instruction.job.data.shape[0],)
+    if given.keys() != {"mean", "std"} or not all(
+        t.shape == form and t.dtype == torch.float32 and bool(torch.isfinite(t).all()) for t in given.values()
+    ):
+        raise FingerprintError("the server's statistics are missing or not of this job's form")
+    return splits.normalised_by(given["mean"], given["std"])

@@ -25,6 +25,7 @@ class Policy:
         as_written: refuse work that the job does not say: another budget, round or task. A node's choice; the
             simulator's baselines share a budget out in other ways.
         later: asked for more approved hashes when a job is not approved yet, so that a site can approve while it runs.
+        statistics: whether the site gives sums of its training examples for normalisation, where a job wants them.
 
     Raises:
         ConfigError: an approved hash is not 64 hex digits.
@@ -38,12 +39,14 @@ class Policy:
         requests: Path | None = None,
         as_written: bool = False,
         later: Callable[[], Iterable[str]] = tuple,
+        statistics: bool = True,
     ) -> None:
         self.approved = frozenset(approved)
         self.approve_all = approve_all
         self.requests = requests
         self.as_written = as_written
         self.later = later
+        self.statistics = statistics
         for name in self.approved:
             if not re.fullmatch(r"[0-9a-f]{64}", name):
                 raise ConfigError(
@@ -61,6 +64,8 @@ class Policy:
                     hint="Nothing was run; ask the server's operator",
                     code="beyond-job",
                 )
+            if instruction.kind == "statistics" and not self.statistics:
+                raise PolicyError("this site gives no statistics ([policy] in client.toml)", code="no-statistics")
             return
         if self.requests is not None:
             self._keep_request(job)
@@ -88,6 +93,7 @@ def _is_as_written(instruction: Instruction) -> bool:
         and 0 <= instruction.task < tasks
         and len(set(instruction.evaluate)) == len(instruction.evaluate)
         and all(task < tasks for _, task in instruction.evaluate)
+        and (job.data.normalise_by == "sites" or not (instruction.statistics or instruction.kind == "statistics"))
     )
     if instruction.kind != "train":
         return known

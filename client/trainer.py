@@ -14,13 +14,15 @@ from client.workbench import Workbench
 from shared_models.job import TrainPart
 from shared_models.keys import generator, key, keyed_global
 from shared_models.messages import Budget, Instruction
-from shared_models.methods.base import Progress, overrides
+from shared_models.methods.base import Method, Progress, overrides
 from shared_models.tasks.base import Batch, add_sums
 
 if TYPE_CHECKING:
     from shared_models.sums import Groups
 
-EVALUATION_BATCH = 256
+EVALUATION_NUMBERS = 2**20  # of the inputs of one batch that is measured, where the job's own batch is not larger
+
+Pieces = Sequence[tuple[Method, "Groups"]]
 
 
 def train(bench: Workbench, data: Examples, instruction: Instruction, states: Sequence[Groups]) -> Progress:
@@ -31,35 +33,59 @@ def train(bench: Workbench, data: Examples, instruction: Instruction, states: Se
         data: the site's training examples of this task, at least one.
         instruction: round, budget, site.
         states: one round state per method piece.
+
+    Raises:
+        torch.OutOfMemoryError: not even a single example fits.
     """
     job, part = instruction.job, instruction.job.train
     pieces = list(zip(bench.pieces, states, strict=True))
     replay, losses, grads = ([p for p in pieces if overrides(p[0], h)] for h in ("extra_batch", "loss", "grad"))
     site, task, number = instruction.site, instruction.task, instruction.round
     steps = count_steps(len(data), part.batch_size, instruction.budget)
-    samples, lr_sum = 0, 0.0
-    if not bench.model.training:
-        bench.model.train()
+    samples, lr_sum, before = 0, 0.0, bench.halvings
+    bench.to_training()
     with keyed_global(key(job.seed, "forward", site=site, task=task, round=number), bench.device):
         order = batches(len(data), part.batch_size, instruction.budget, job.seed, site=site, task=task, round=number)
         for step, rows in enumerate(order):
             lr = learning_rate(part, (number + (step + 0.5) / steps) / instruction.rounds)
-            batch = data.batch(rows, bench.device)
+            batch = data.batch(rows, bench.device, bench.augment)
             for piece, state in replay:
                 batch = piece.extra_batch(batch, state)
-            outputs = bench.model(batch.x)
-            loss = bench.task.loss(outputs, batch)  # (B,)
-            for piece, state in losses:
-                extra = piece.loss(bench.trained, batch, outputs, state)
-                loss = loss if extra is None else loss + extra
-            bench.optimizer.zero_grad(set_to_none=True)
-            loss.mean().backward()
+            gradients(bench, batch, losses)
             for piece, state in grads:
                 apply_grad(bench, piece.grad, state)
+            if part.clip:
+                torch.nn.utils.clip_grad_norm_(bench.trained.values(), part.clip)
             bench.optimizer.param_groups[0]["lr"] = lr
             bench.optimizer.step()
             samples, lr_sum = samples + len(rows), lr_sum + lr
-    return Progress(steps, samples, lr_sum)
+    return Progress(steps, samples, lr_sum, bench.halvings - before)
+
+
+def gradients(bench: Workbench, batch: Batch, losses: Pieces) -> None:
+    """Gradients of the batch's mean loss, computed in `accumulate` parts; the parts are halved where memory runs out.
+
+    With more than one part a model whose samples see each other (batch normalisation) sees fewer of them at once.
+    """
+    while True:
+        bench.optimizer.zero_grad(set_to_none=True)
+        size = math.ceil(len(batch) / (bench.job.train.accumulate * 2**bench.halvings))
+        try:
+            for start in range(0, len(batch), size):
+                part = batch if size >= len(batch) else batch[start : start + size]
+                with bench.autocast():
+                    outputs = bench.task.forward(bench.model, part)
+                    loss = bench.task.loss(outputs, part)  # (B,)
+                for piece, state in losses:
+                    extra = piece.loss(bench.trained, part, outputs, state)
+                    loss = loss if extra is None else loss + extra
+                (loss.mean() if part is batch else loss.sum() / len(batch)).backward()
+            return
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        bench.halvings += 1  # out here the exception is gone, and with it what it held in memory
+        bench.free()
 
 
 @torch.no_grad()
@@ -123,10 +149,30 @@ def learning_rate(part: TrainPart, position: float) -> float:
 def evaluate(bench: Workbench, data: Examples) -> dict[str, Tensor]:
     """Metric sums of the loaded model on these examples; empty for none."""
     sums: dict[str, Tensor] = {}
-    if not len(data):
-        return sums
     bench.model.eval()
-    for rows in torch.arange(len(data)).split(EVALUATION_BATCH):
-        batch: Batch = data.batch(rows, bench.device)
-        add_sums(sums, bench.task.sums(bench.model(batch.x), batch))
+    for batch in in_order(data, bench):
+        add_sums(sums, _measure(bench, batch))
     return sums
+
+
+def _measure(bench: Workbench, batch: Batch) -> dict[str, Tensor]:
+    """Metric sums of one batch, in halves where memory runs out."""
+    try:
+        with bench.autocast():
+            outputs = bench.task.forward(bench.model, batch)
+        return bench.task.sums(outputs, batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    bench.free()
+    middle = len(batch) // 2
+    sums = _measure(bench, batch[:middle])
+    add_sums(sums, _measure(bench, batch[middle:]))
+    return sums
+
+
+def in_order(data: Examples, bench: Workbench) -> Iterator[Batch]:
+    """All examples once, in order, in batches of at most 256 and about a million numbers, or the job's own size."""
+    size = max(min(256, EVALUATION_NUMBERS // math.prod(bench.job.data.shape)), bench.job.train.batch_size)
+    for rows in torch.arange(len(data)).split(size) if len(data) else ():
+        yield data.batch(rows, bench.device)

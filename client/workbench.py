@@ -4,40 +4,65 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from client.augment import Augment
 from shared_models.errors import FingerprintError
 from shared_models.job import Job, TrainPart
 from shared_models.methods.base import make_pieces
-from shared_models.spec import build_model
+from shared_models.spec import build_model, frozen_modules
 from shared_models.sums import Groups
 from shared_models.tasks.base import make_task
 
 
 class Workbench:
-    """What one job needs on this device: model, spec, task, method pieces, optimizer.
+    """What one job needs on this device: model, spec, task, method pieces, optimizer, augmentation.
 
     Args:
         job: the resolved job.
         device: `cuda` where there is one, else `cpu`, unless given.
+
+    Attributes:
+        halvings: how often a batch had to be halved so far because memory ran out; it stays for the next rounds.
     """
 
     def __init__(self, job: Job, device: torch.device | None = None) -> None:
         self.job = job
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, self.spec = build_model(job)
+        self.model, self.spec = build_model(job, receives=True)
         self.model.to(self.device)
         self.task = make_task(job)
         self.pieces = make_pieces(job)
+        self.augment = Augment(job.augment, self.task.target, job.data.shape) if job.augment.active else None
+        self.halvings = 0
         self.entries: dict[str, Tensor] = {k: v.detach() for k, v in self.model.state_dict(keep_vars=True).items()}
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(job.train, list(self.trained.values()))
         self._sent = frozenset(self.spec.sent)
         local = [e.key for e in self.spec.entries if e.key not in self._sent and e.nature != "alias"]
         self._initial = {k: self.entries[k].clone() for k in local}
+        self._frozen = frozen_modules(self.model, self.spec)
+
+    def to_training(self) -> None:
+        """Put the model into training mode, but for normalisation layers whose statistics are not trained."""
+        if not self.model.training:
+            self.model.train()
+            for module in self._frozen:
+                module.eval()
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The job's precision for a forward pass."""
+        if self.job.train.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def free(self) -> None:
+        """Give back the GPU memory that torch keeps for itself."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def load(self, model: Mapping[str, Tensor], personal: Groups) -> None:
         """Begin a round: sent entries from the server, personal ones from the node, all others as initialised.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +22,7 @@ from shared_models.files import write_whole
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction, Part, payload_bytes
 from shared_models.methods.base import make_method, make_pieces, overrides
+from shared_models.normalisation import merge
 from shared_models.schedule import round_budget, task_of
 from shared_models.spec import build_model
 from shared_models.sums import Groups, PairwiseMean
@@ -28,12 +30,13 @@ from shared_models.tasks.base import add_sums, make_task
 
 Sums = dict[str, Tensor]
 ATTEMPTS = 3
+ROW = ("examples", "samples", "steps", "norm", "halvings")  # what an event says of each site's part in a round
 PASSING = ("lost", "timeout", "flower-error-5", "flower-error-8")  # of the network or a process, not of the answer
 
 
 @dataclass
 class Totals:
-    """What a run cost. Bytes are tensor payloads; sequential steps add each round's slowest site."""
+    """What a run cost. Bytes are tensor payloads of the training rounds; sequential steps add each round's slowest site."""
 
     rounds: int = 0
     samples: int = 0
@@ -65,7 +68,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: the model, and its test metrics on each site's own data and on all sites' data together."""
+    """A finished run: the model, and its test metrics on each site's own data and on all sites' data together.
+
+    `statistics` are the mean and std that were measured at the sites, where the job wanted that.
+    """
 
     model: Mapping[str, Tensor]
     fingerprint: str
@@ -74,6 +80,7 @@ class Outcome:
     curve: Sequence[Mapping[str, float]]
     matrix: Sequence[Sequence[float]]
     totals: Totals
+    statistics: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """As plain data, without the tensors."""
@@ -113,6 +120,7 @@ class Coordinator:
         entries = model.state_dict()
         template = {name: entries[name].detach().clone() for name in self.spec.sent}
         self.state: Groups = self.method.init(template, self.spec.trained)
+        self.statistics: Mapping[str, Tensor] = {}
         self.best_model: Mapping[str, Tensor] = {}
         self.progress = Progress()
 
@@ -126,7 +134,10 @@ class Coordinator:
         part = self.job.federation
         self._restore()
         self.events.emit("start", run=self.run_id, job=self.job.hash, round=self.progress.round, rounds=part.rounds)
+        if self.spec.match is not None:
+            self.events.emit("weights", loaded=str(self.spec.match))
         self.executor.admit(self._probe, part.min_sites, part.wait)
+        self.measure_statistics()
         for round in range(self.progress.round, part.rounds):
             started = time.perf_counter()
             self._train_round_again_if_lost(round)
@@ -148,6 +159,32 @@ class Coordinator:
                 if error.code != "sites-lost" or attempt == ATTEMPTS:
                     raise
                 self.events.emit("repeat", round=round, reason=str(error))
+
+    def measure_statistics(self) -> None:
+        """The round before the first, where the job is normalised by what its sites hold.
+
+        Raises:
+            RunError: too few sites gave their sums.
+        """
+        if self.job.data.normalise_by != "sites" or self.statistics:
+            return
+        part, base = self.job.federation, self._instruction("statistics")
+        population = list(self.executor.population(part.min_sites, part.wait))
+        asked = (replace(base, site=site) for site in population)
+        given = {
+            reply.site: reply.groups["statistics"] for reply in self.executor.run(asked) if self._accept(reply, base)
+        }
+        if len(given) < min(part.min_sites, len(population)) or not given:
+            raise RunError(
+                f"{len(given)} of {len(population)} sites gave statistics, {part.min_sites} needed",
+                hint="The events of the run name the codes; numbers in data.mean and data.std need no site",
+            )
+        self.statistics = merge(given[site] for site in sorted(given))
+        self.events.emit("statistics", sites=sorted(given), **self._numbers())
+        self._checkpoint()
+
+    def _numbers(self) -> dict[str, list[float]]:
+        return {name: [round_to(v) for v in values.tolist()] for name, values in self.statistics.items()}
 
     # ---- one round ---------------------------------------------------------------------------------------------------
     def train_round(self, round: int) -> None:
@@ -178,7 +215,7 @@ class Coordinator:
             except Rejected as error:
                 mean.skip(slot)
                 if error.code == "no-data":
-                    rows[reply.site] = {"examples": 0, "samples": 0, "steps": 0, "norm": 0.0}
+                    rows[reply.site] = {"examples": 0, "samples": 0, "steps": 0, "norm": 0.0, "halvings": 0}
                     validation.append(replace(reply, groups={}))
                 else:
                     refused[reply.site] = error.code
@@ -192,8 +229,9 @@ class Coordinator:
                 "samples": reply.samples,
                 "steps": reply.steps,
                 "norm": round_to(norm),
+                "halvings": reply.halvings,
             }
-            totals.bytes_up += payload_bytes(reply.groups)
+            totals.bytes_up += payload_bytes({**reply.groups, "metrics": reply.metrics})
             validation.append(replace(reply, groups={}))
         if len(rows) < min(part.min_sites, len(cohort)):
             reasons = ", ".join(f"{site} {code}" for site, code in sorted(refused.items()))
@@ -214,7 +252,7 @@ class Coordinator:
         totals.optimizer_resets += sum(row["steps"] > 0 for row in rows.values())
         totals.bytes_down += payload_bytes(down) * len(cohort)
         sites = sorted(rows, key=slots.__getitem__)
-        columns = {name: [rows[s][name] for s in sites] for name in ("examples", "samples", "steps", "norm")}
+        columns = {name: [rows[s][name] for s in sites] for name in ROW}
         self.events.emit(
             "round",
             round=round,
@@ -233,7 +271,7 @@ class Coordinator:
         self.progress.curve.append({"round": round, **{k: round_to(v) for k, v in values.items()}})
         if values and self.job.federation.select == "best":
             score = values[self.task.headline]
-            if self.progress.best is None or score > self.progress.best[0]:
+            if not math.isnan(score) and (self.progress.best is None or score > self.progress.best[0]):
                 self.progress.best, self.best_model = (score, round), self.state["model"]
 
     # ---- between tasks and at the end --------------------------------------------------------------------------------
@@ -269,6 +307,7 @@ class Coordinator:
             curve=self.progress.curve,
             matrix=self.progress.matrix,
             totals=self.progress.totals,
+            statistics=self._numbers(),
         )
         if self.folder:
             write_whole(self.folder / "model.safetensors", save({n: t.contiguous() for n, t in model.items()}))
@@ -303,14 +342,16 @@ class Coordinator:
     def _instruction(self, kind: Any, **fields: Any) -> Instruction:
         rounds = self.job.federation.rounds
         task = fields.pop("task", task_of(self.job, min(fields.get("round", 0), rounds - 1)))
-        return Instruction(kind, self.run_id, "", self.job, self.spec.fingerprint, task=task, rounds=rounds, **fields)
+        fields |= {"task": task, "rounds": rounds, "statistics": self.statistics}
+        return Instruction(kind, self.run_id, "", self.job, self.spec.fingerprint, **fields)
 
     def _probe(self, site: str) -> Instruction:
         return replace(self._instruction("probe", document=self.spec.document), site=site)
 
     def _checkpoint(self) -> None:
         if self.folder:
-            groups = {**self.state, **({"best": self.best_model} if self.best_model else {})}
+            extra = {"best": self.best_model, "statistics": self.statistics}
+            groups = {**self.state, **{name: tensors for name, tensors in extra.items() if tensors}}
             facts = {"job": self.job.hash, "run": self.run_id, "progress": asdict(self.progress)}
             write_checkpoint(self.folder / "checkpoint", groups, facts)
 
@@ -322,6 +363,7 @@ class Coordinator:
         if facts["job"] != self.job.hash:
             raise RunError(f"the checkpoint in {self.folder} belongs to another job", hint="Start a new run")
         self.best_model = groups.pop("best", {})
+        self.statistics = groups.pop("statistics", {})
         self.state = groups
         saved = facts["progress"]
         best = tuple(saved["best"]) if saved["best"] else None

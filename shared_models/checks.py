@@ -10,10 +10,12 @@ from torch import Tensor
 
 from shared_models.errors import Rejected
 from shared_models.messages import OK, Contribution, Instruction
+from shared_models.normalisation import no_sums
 from shared_models.sums import Groups
 from shared_models.tasks.base import make_task
 
 MAX_COUNT = 10**9  # examples of one site: what it says is its weight in every mean
+MAX_TALLY = 10**15  # of what a metric counts: pixels, boxes at several thresholds
 
 
 def check_contribution(
@@ -44,7 +46,9 @@ def check_contribution(
     _check_metrics(contribution, instruction)
     if contribution.code != OK:
         raise Rejected(f"the site answered '{contribution.code}'", code=contribution.code)
-    if instruction.kind != "train":
+    if instruction.kind == "statistics":
+        expected, max_norm = {"statistics": no_sums(instruction.job.data.shape[0])}, math.inf
+    elif instruction.kind != "train":
         return 0.0
     if not contribution.examples <= MAX_COUNT:
         raise Rejected(f"{contribution.examples} examples are beyond any site", code="no-examples")
@@ -64,7 +68,12 @@ def check_contribution(
                 raise Rejected(
                     f"'{group}/{name}' has dtype {given[name].dtype}, expected {tensor.dtype}", code="wrong-dtype"
                 )
-    return _check_values(contribution.groups, instruction.groups, max_norm)
+    norm = _check_values(contribution.groups, instruction.groups, max_norm)
+    if instruction.kind == "statistics":
+        count, squares = (contribution.groups["statistics"][name] for name in ("count", "squares"))
+        if not bool(((count >= 0) & (count <= MAX_TALLY) & (squares >= 0)).all()):
+            raise Rejected("statistics count below 0 or beyond any site", code="statistics")
+    return norm
 
 
 def _check_values(groups: Groups, sent: Groups, max_norm: float) -> float:
@@ -108,7 +117,7 @@ def _check_metrics(contribution: Contribution, instruction: Instruction) -> None
             raise Rejected(
                 f"metric sum '{path}' has another shape or dtype than {like.dtype} {tuple(like.shape)}", code="metrics"
             )
-        if not like.dtype.is_floating_point and not bool(((value >= 0) & (value <= MAX_COUNT)).all()):
+        if not like.dtype.is_floating_point and not bool(((value >= 0) & (value <= MAX_TALLY)).all()):
             raise Rejected(f"metric sum '{path}' counts below 0 or beyond any site", code="metrics")
     if bad := _first_bad(contribution.metrics):
         raise Rejected(f"metric sum '{bad}' is not finite", code="metrics")

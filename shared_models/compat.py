@@ -29,10 +29,38 @@ def _not_federated(job: Job) -> bool:
     return methods[job.method.name].continual
 
 
+def _target(job: Job) -> str:
+    from shared_models.tasks.base import tasks
+
+    return tasks[job.task.name].target
+
+
 RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_wrong_task, "model '{job.model.name}' cannot serve the task '{job.task.name}'"),
     (_not_federated, "'{job.method.name}' is a continual method: it goes into [continual], not [method]"),
     (_not_continual, "'{job.continual.name}' is a federated method: it goes into [method], not [continual]"),
+    (
+        lambda job: job.time == "continual" and _target(job) != "class",
+        "a stream cuts the labels into tasks, and an example of the task '{job.task.name}' has no single label; "
+        "time = 'offline' can train it",
+    ),
+    (
+        lambda job: job.simulation.partition == "dirichlet" and _target(job) != "class",
+        "simulation.partition = 'dirichlet' shares out each class, and an example of the task '{job.task.name}' has no "
+        "single class; 'iid', 'blocks' and 'column' can split it",
+    ),
+    (
+        lambda job: job.augment.active and len(job.data.shape) != 3,
+        "[augment] changes images, and data.shape = {job.data.shape} is a row of features",
+    ),
+    (
+        lambda job: job.augment.quarter_turns and len(set(job.data.shape[1:])) == 2,
+        "augment.quarter_turns turns square images, and data.shape = {job.data.shape} is not square",
+    ),
+    (
+        lambda job: job.method.name == "scaffold" and job.train.clip > 0,
+        "scaffold recovers the gradient from the distance moved, which train.clip = {job.train.clip} changes",
+    ),
     (
         lambda job: job.method.name == "scaffold" and job.train.optimizer != "sgd",
         "scaffold's control variates are gradients of plain SGD (Karimireddy et al. 2020, Algorithm 1, option II), "

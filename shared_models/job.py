@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from shared_models.errors import ConfigError
 from shared_models.files import read_toml
@@ -49,7 +49,7 @@ class TaskPart(Choice):
     """`[task]`: the loss, the metric and the label list that fixes every class index."""
 
     name: str = "classification"
-    labels: tuple[str, ...] = Field(min_length=2)
+    labels: tuple[str, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _distinct(self) -> TaskPart:
@@ -59,29 +59,80 @@ class TaskPart(Choice):
 
 
 class DataPart(Part):
-    """`[data]`: the preprocessing all sites share. Images become float32 (C, H, W), `(x / 255 - mean) / std`.
+    """`[data]`: the preprocessing all sites share.
+
+    Images become float32 (C, H, W), `(x / 255 - mean) / std`; features float32 (F,), `(x - mean) / std`.
 
     Attributes:
-        shape: (C, H, W) with C = 1 (grey) or 3 (colour).
-        resize: how an image of another size gets to H x W: `stretch` it, or `pad` it to its longer side first.
-        mean: one number per channel, or one for all.
+        shape: (C, H, W) with C = 1 (grey) or 3 (colour), or (F,): as many as `features`.
+        resize: how an image of another size gets to H x W: `stretch` it, or `pad` it to its longer side first. Masks
+            and boxes follow.
+        mean: one number per channel or feature, or one for all.
         std: the same.
+        normalise_by: `job`: the two above; `sites`: both are measured over the sites' training examples, in a round
+            before the first in which each site answers with sums and a count.
+        parts: how examples are cut into train, validation and test where their owner has not: by a `hash` of each
+            name, or in `blocks` of their order (slices of one volume, where a neighbour would give a test image away).
+        features: columns of a table, in order; `"cp=3"` is 1 where column cp holds 3, else 0.
+        target: the column that holds the class.
+        missing: of a row that lacks a feature: `drop` it, or put the `mean` (after normalisation: 0).
+        proposals: regions of each image for models that need them from outside (R-CNN and its kin), best first.
     """
 
-    shape: tuple[Literal[1, 3], Positive, Positive]
+    shape: tuple[Positive, ...]
     resize: Literal["stretch", "pad"] = "stretch"
     mean: tuple[float, ...] = (0.5,)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
+    normalise_by: Literal["job", "sites"] = "job"
+    parts: Literal["hash", "blocks"] = "hash"
+    features: tuple[str, ...] = ()
+    target: str = "label"
+    missing: Literal["drop", "mean"] = "drop"
+    proposals: Positive = 300
+
+    @field_validator("shape")
+    @classmethod
+    def _image_or_features(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) not in (1, 3):
+            raise ValueError(f"should be (C, H, W) of an image or (F,) of features, not {len(shape)} numbers")
+        if len(shape) == 3 and shape[0] not in (1, 3):
+            raise ValueError(f"an image has 1 (grey) or 3 (colour) channels, not {shape[0]}")
+        return shape
 
     @model_validator(mode="after")
     def _per_channel(self) -> DataPart:
-        if len(self.mean) not in (1, self.shape[0]) or len(self.std) not in (1, self.shape[0]):
-            raise ValueError(f"mean and std need one number, or one per channel ({self.shape[0]})")
+        if self.normalise_by == "sites" and (self.mean, self.std) != ((0.5,), (0.5,)):
+            raise ValueError("mean and std are measured where normalise_by = 'sites'; leave them out")
+        if not {len(self.mean), len(self.std)} <= {1, self.shape[0]}:
+            raise ValueError(f"mean and std need one number, or one per channel or feature ({self.shape[0]})")
+        if len(self.shape) == 1 and len(self.features) != self.shape[0]:
+            raise ValueError(f"shape says {self.shape[0]} features and the list 'features' names {len(self.features)}")
+        if len(self.shape) == 3 and self.features:
+            raise ValueError("'features' belongs to a table, whose shape is one number, e.g. shape = [13]")
         return self
+
+
+class WeightsPart(Part):
+    """`[weights]`: where the model starts from, instead of random numbers.
+
+    Attributes:
+        file: a file (safetensors, torch) or a Hugging Face folder, below the folder that the environment variable
+            FEDZOO_WEIGHTS names, or the current one; never a hub. A node needs it where `[share]` keeps something.
+        sha256: of the file; another file is refused. Of a folder: of its weights file.
+        rename: (pattern, replacement) pairs, regular expressions that turn its keys into the model's, after the
+            model's own.
+    """
+
+    file: str = ""
+    sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    rename: tuple[tuple[str, str], ...] = ()
 
 
 class SharePart(Part):
     """`[share]`: patterns (fnmatch on state-dict keys) of entries that are not averaged over sites.
+
+    `@head` stands for the patterns of the model's head, and a leading `!` turns a pattern round: `base = ["!@head"]`
+    trains heads only.
 
     Attributes:
         personal: stay on the node and are trained there; only their names are known elsewhere.
@@ -99,6 +150,9 @@ class TrainPart(Part):
         epochs: passes over the local data a round; `steps` replaces it by a fixed number of optimizer steps.
         schedule: of the learning rate over all rounds; it does not restart with a round.
         warmup: share of all rounds in which the rate rises linearly from zero.
+        clip: largest L2 norm of a step's gradient; a larger one is scaled down to it. 0 is none.
+        accumulate: parts in which a batch is computed, their gradients added: less memory, the same step.
+        precision: `bf16` computes the forward pass in bfloat16 where torch deems it safe (autocast); slow on a CPU.
         deterministic: one thread per operation and deterministic kernels, so that the same job gives the same bits.
     """
 
@@ -108,10 +162,42 @@ class TrainPart(Part):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip: Annotated[float, Field(ge=0)] = 0.0
     batch_size: Positive = 32
+    accumulate: Positive = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
     epochs: Annotated[float, Field(gt=0)] = 1.0
     steps: Positive | None = None
     deterministic: bool = True
+
+
+class AugmentPart(Part):
+    """`[augment]`: random changes of training images; masks and boxes move along. Every default is no change.
+
+    Attributes:
+        flip: mirror left and right, for half of the images.
+        flip_vertical: mirror top and bottom, for half of the images.
+        quarter_turns: turn by 0, 90, 180 or 270 degrees; square images only.
+        crop: pad all sides by so many pixels and cut the size out again at a random place (Krizhevsky: 4).
+        rotate: turn by up to so many degrees either way.
+        scale: grow or shrink by up to this share: 0.2 is 0.8 to 1.2.
+        brightness: change by up to this share.
+        contrast: the same.
+    """
+
+    flip: bool = False
+    flip_vertical: bool = False
+    quarter_turns: bool = False
+    crop: Annotated[int, Field(ge=0)] = 0
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is changed at all."""
+        return self != AugmentPart()
 
 
 class FederationPart(Part):
@@ -150,20 +236,24 @@ class SimulationPart(Part):
     Attributes:
         reader: a registered reader, e.g. `digits` or `imagefolder`.
         root: the reader's folder; `$NAME` is replaced by that environment variable, a relative path starts at the job.
-        partition: `iid`, `dirichlet` (per class, Hsu et al. 2019) or `column` (the site column that the reader gives).
+        partition: `iid`, `dirichlet` (per class, Hsu et al. 2019), `blocks` (contiguous in the order of names) or
+            `column` (the site column that the reader gives).
         sites: how many (not for `column`).
         alpha: concentration of the Dirichlet distribution.
         min_examples: smallest site a Dirichlet draw may give; it is drawn again until all have that many.
         seed: of the split alone, so that several training seeds share one split.
+        values: site -> column of a table -> its own word -> the word that all sites share: what each site's
+            `client.toml` says under `[data.values]`.
     """
 
     reader: str = "digits"
     root: str = ""
-    partition: Literal["iid", "dirichlet", "column"] = "iid"
+    partition: Literal["iid", "dirichlet", "blocks", "column"] = "iid"
     sites: Positive = 3
     alpha: Annotated[float, Field(gt=0)] = 0.5
     min_examples: Positive = 10
     seed: int = 0
+    values: dict[str, dict[str, dict[str, str]]] = {}
 
 
 class Job(Part):
@@ -178,8 +268,10 @@ class Job(Part):
     data: DataPart
     method: Choice = Choice(name="fedavg")
     continual: Choice = Choice(name="finetune")
+    weights: WeightsPart = WeightsPart()
     share: SharePart = SharePart()
     train: TrainPart = TrainPart()
+    augment: AugmentPart = AugmentPart()
     federation: FederationPart = FederationPart()
     stream: StreamPart = StreamPart()
     simulation: SimulationPart = SimulationPart()
@@ -206,7 +298,7 @@ class Job(Part):
         from shared_models.compat import require_compatible
         from shared_models.methods.base import methods
         from shared_models.models import configure
-        from shared_models.tasks.base import tasks
+        from shared_models.tasks.base import require_headline, tasks
 
         job = validate(Job, data, where)
         _, model = configure(job.model.name, job.model.keys, f"{where}: [model]")
@@ -214,6 +306,7 @@ class Job(Part):
         keys = {"labels": job.task.labels, **job.task.keys}
         task = validate(tasks.get(job.task.name, f"{where}: [task]").Settings, keys, f"{where}: [task]")
         filled["task"] = {"name": job.task.name, **task.model_dump()}
+        require_headline(job, f"{where}: [task]")
         for part, choice in (("method", job.method), ("continual", job.continual)):
             place = f"{where}: [{part}]"
             settings = validate(methods.get(choice.name, place).Settings, choice.keys, place)

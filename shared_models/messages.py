@@ -11,7 +11,7 @@ from torch import Tensor
 from shared_models.job import Job
 from shared_models.sums import Groups
 
-Kind = Literal["probe", "train", "evaluate", "end_task"]
+Kind = Literal["probe", "statistics", "train", "evaluate", "end_task"]
 Part = Literal["validation", "test"]
 
 OK = "ok"
@@ -30,7 +30,8 @@ class Instruction:
     """What the server asks of one site.
 
     Attributes:
-        kind: `probe` (would you, and with which model?), `train`, `evaluate`, or `end_task` (a stream moves on).
+        kind: `probe` (would you, and with which model?), `statistics` (sums for normalisation), `train`, `evaluate`,
+            or `end_task` (a stream moves on).
         run: id of the run; it names state on the node.
         site: the addressee.
         job: the whole resolved job; the node hashes it itself and asks its own policy.
@@ -42,6 +43,7 @@ class Instruction:
         evaluate: (part, task) pairs on which the received model is measured before any training.
         groups: named tensors, e.g. `{"model": {...}}`; may be shared between the instructions of a round.
         document: the server's fingerprint document, for `probe`, so that the node can name a difference.
+        statistics: `mean` and `std` measured at the sites, (C,) or (F,) float32, where the job wants that; else empty.
     """
 
     kind: Kind
@@ -56,6 +58,7 @@ class Instruction:
     evaluate: tuple[tuple[Part, int], ...] = ()
     groups: Groups = field(default_factory=dict)
     document: Mapping[str, object] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Contribution:
         examples: training examples the site holds for this task: its weight.
         samples: examples processed, counting repeats.
         steps: optimizer steps made.
+        halvings: how often batches were halved at the site because memory ran out.
         metrics: mergeable sums, `"<part>/<task>/<name>"` -> tensor; merged by addition.
         groups: named tensors up, e.g. `{"model": {...}}`.
         document: the node's fingerprint document, for `probe`.
@@ -82,6 +86,7 @@ class Contribution:
     examples: int = 0
     samples: int = 0
     steps: int = 0
+    halvings: int = 0
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     groups: Groups = field(default_factory=dict)
     document: Mapping[str, object] = field(default_factory=dict)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -48,7 +48,14 @@ class Model:
         paper: where it comes from.
         stackable: whether its parameters may be stacked and run under `torch.func.vmap`.
         inputs: what one example is: an image (C, H, W) or a row of features (F,).
-        per_sample_gradients: how DP-SGD may get per-sample gradients, soundest first.
+        per_sample_gradients: how DP-SGD may get per-sample gradients, soundest first; none: only client-level privacy.
+        heads: patterns of the state-dict entries that belong to the job's labels, e.g. for personal heads; a job
+            writes `@head` for them.
+        proposals: whether it needs regions from outside (`Batch.proposals`).
+        renames: (pattern, replacement) pairs, regular expressions that turn the keys of published weights into ours.
+        family: models that solve one problem in different ways; the card shows them side by side.
+        notes: what a person who chooses should know, a sentence or two.
+        usual: an example's usual shape at a size, for measuring; `tiny` has to be there.
     """
 
     name: str
@@ -60,6 +67,21 @@ class Model:
     stackable: bool = True
     inputs: tuple[Literal["image", "features"], ...] = ("image",)
     per_sample_gradients: tuple[str, ...] = ("vmap", "hooks", "loop")
+    heads: tuple[str, ...] = ("head.*",)
+    proposals: bool = False
+    renames: tuple[tuple[str, str], ...] = ()
+    family: str = ""
+    notes: str = ""
+    usual: Mapping[str, Shape] = field(default_factory=lambda: {"tiny": (3, 32, 32)})
+
+    def unit(self, settings: ModelSettings) -> Literal["sample", "batch"]:
+        """`batch` where samples see each other inside the model: batch normalisation in training."""
+        return "batch" if getattr(settings, "norm", "") == "batch" else "sample"
+
+    @property
+    def privacy(self) -> tuple[str, ...]:
+        """Units that differential privacy can protect with this model: `sample` and `client`, or `client` alone."""
+        return ("sample", "client") if self.per_sample_gradients else ("client",)
 
     def build(self, settings: ModelSettings, shape: Shape, outputs: int) -> nn.Module:
         """The module, initialised from torch's global generator (the caller seeds it) and from nothing else.
@@ -70,7 +92,8 @@ class Model:
             outputs: numbers per example, e.g. classes.
 
         Returns:
-            A module whose forward maps (B, *shape) float32 to (B, outputs).
+            A module whose forward maps (B, *shape) float32 to what the task takes: (B, outputs) for classification and
+            localization, (B, outputs, H, W) for segmentation; detectors follow `shared_models.detection`.
 
         Raises:
             ConfigError: this model cannot take such an example, or these settings do not fit its size.

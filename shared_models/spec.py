@@ -7,19 +7,20 @@ The one table of rules, by nature and share:
 | parameter    | averaged | yes  | yes      | from the server              |
 | running-stat | averaged | yes  | yes      | from the server              |
 | either       | personal | no   | no       | from the node's own state    |
-| either       | base     | no   | no       | from the keyed initialisation, never trained |
+| either       | base     | no   | no       | from the start values, never trained |
 | counter      | -        | no   | no       | reset                        |
 | constant     | -        | no   | no       | reset (covered by hash)      |
 | alias        | as owner | no   | no       | restored with what it aliases |
 
-An entry that both kinds of pattern match is personal.
+An entry that both kinds of pattern match is personal. Start values are those of the `[weights]` file where it has the
+entry, else of the keyed initialisation.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal
@@ -30,8 +31,11 @@ from torch import Tensor, nn
 from shared_models.errors import ConfigError, FingerprintError
 from shared_models.job import Job
 from shared_models.keys import key, keyed_global
-from shared_models.models import configure
+from shared_models.models import configure, models
 from shared_models.tasks.base import make_task
+from shared_models.weights import Match, find_weights, load_weights
+
+HEAD = "@head"  # a `[share]` pattern that stands for `Model.heads`
 
 Nature = Literal["parameter", "running-stat", "counter", "constant", "alias"]
 Share = Literal["averaged", "personal", "base"]
@@ -79,10 +83,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All entries of one built model, in state-dict order, and the settings that give them meaning."""
+    """All entries of one built model, in state-dict order, and the settings that give them meaning.
+
+    Attributes:
+        match: what was loaded from the `[weights]` file; None where the job has none or this side needs none.
+    """
 
     entries: tuple[Entry, ...]
     settings: dict[str, Any]
+    match: Match | None = field(default=None, compare=False)
 
     @property
     def sent(self) -> tuple[str, ...]:
@@ -110,34 +119,42 @@ class ModelSpec:
         return hashlib.sha256(json.dumps(self.document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def build_model(job: Job) -> tuple[nn.Module, ModelSpec]:
-    """The job's model with its keyed initialisation, and its spec. The same job gives the same values everywhere.
+def build_model(job: Job, *, receives: bool = False) -> tuple[nn.Module, ModelSpec]:
+    """The job's model with its start values, and its spec. The same job gives the same values everywhere.
+
+    Args:
+        job: the resolved job.
+        receives: whether every sent entry will come from another side: then `[weights]` is needed only where `[share]`
+            keeps entries here, and a missing file is no matter otherwise.
 
     Raises:
-        ConfigError: the model cannot be built for this shape, or `[share]` does not fit it (see `describe`).
+        ConfigError: the model cannot be built for this shape, `[share]` does not fit it (see `describe`), or its
+            weights cannot be loaded (see `load_weights`).
     """
     declared, settings = configure(job.model.name, job.model.keys)
     task = make_task(job)
     with keyed_global(key(job.seed, "init")):
         model = declared.build(settings, job.data.shape, task.outputs)
-    return model, describe(model, job)
+    match = None
+    if job.weights.file and (not receives or _keeps(job) or find_weights(job.weights.file)):
+        match = load_weights(model, job.weights, declared.renames)
+    return model, describe(model, job, match)
 
 
-def describe(model: nn.Module, job: Job) -> ModelSpec:
+def describe(model: nn.Module, job: Job, match: Match | None = None) -> ModelSpec:
     """The spec of a model under a job's `[share]`; base parameters stop requiring a gradient.
+
+    Args:
+        model: with its start values.
+        job: says which entries are personal or base.
+        match: what was loaded into the model.
 
     Raises:
         ConfigError: a pattern matches nothing, takes one name of a tied tensor and leaves the other, or nothing is left
             that is both trained and averaged.
     """
     natures, aliases = _natures(model)
-    shares = {k: _share(k, job) for k in natures}
-    for pattern in (*job.share.personal, *job.share.base):
-        if not any(fnmatchcase(k, pattern) for k in natures):
-            raise ConfigError(
-                f"[share] pattern '{pattern}' matches no entry of model '{job.model.name}'",
-                hint=f"Its entries are {', '.join(list(natures)[:6])}, ...",
-            )
+    shares = _shares(list(natures), job)
     for name, owner in aliases.items():
         if shares[name] != shares[owner]:
             raise ConfigError(
@@ -166,12 +183,23 @@ def describe(model: nn.Module, job: Job) -> ModelSpec:
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(shares[name] != "base")
-    settings = {
+    settings: dict[str, Any] = {
         "model": job.model.model_dump(mode="json"),
         "task": job.task.model_dump(mode="json"),
         "preprocessing": job.data.model_dump(mode="json"),
     }
-    return ModelSpec(tuple(entries), settings)
+    if match and _keeps(job):  # personal entries start from that file at every site
+        settings["weights"] = match.sha256
+    return ModelSpec(tuple(entries), settings, match)
+
+
+def frozen_modules(model: nn.Module, spec: ModelSpec) -> list[nn.Module]:
+    """Modules whose running statistics are base: they must be in evaluation mode in training too, or they would move.
+
+    Only the module's own statistics freeze so: its weight and bias still train where they are not base.
+    """
+    owners = (e.key.rpartition(".")[0] for e in spec.entries if e.nature == "running-stat" and e.share == "base")
+    return [model.get_submodule(owner) for owner in dict.fromkeys(owners)]
 
 
 def require_same(ours: ModelSpec, theirs: dict[str, Any], who: str) -> None:
@@ -212,10 +240,40 @@ def digest(value: Tensor) -> str:
     return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
 
 
-def _share(name: str, job: Job) -> Share:
-    if any(fnmatchcase(name, p) for p in job.share.personal):
-        return "personal"
-    return "base" if any(fnmatchcase(name, p) for p in job.share.base) else "averaged"
+def _keeps(job: Job) -> bool:
+    """Whether a node holds entries that no other side sends it."""
+    return bool(job.share.personal or job.share.base)
+
+
+def _shares(names: list[str], job: Job) -> dict[str, Share]:
+    """What `[share]` makes of each entry.
+
+    Raises:
+        ConfigError: a pattern, or what stands behind its `!`, matches no entry.
+    """
+    heads = models[job.model.name].heads
+    for pattern in (*job.share.personal, *job.share.base):
+        for part in (pattern.removeprefix("!"), pattern):
+            if not any(_matches(name, part, heads) for name in names):
+                meaning = f"; {HEAD} is {', '.join(heads) or 'nothing: the model has no head'}" if "@" in part else ""
+                raise ConfigError(
+                    f"[share] pattern '{part}' matches no entry of model '{job.model.name}'",
+                    hint=f"Its entries are {', '.join(names[:6])}, ...{meaning}",
+                )
+
+    def share(name: str) -> Share:
+        if any(_matches(name, p, heads) for p in job.share.personal):
+            return "personal"
+        return "base" if any(_matches(name, p, heads) for p in job.share.base) else "averaged"
+
+    return {name: share(name) for name in names}
+
+
+def _matches(name: str, pattern: str, heads: tuple[str, ...]) -> bool:
+    """Whether a `[share]` pattern takes an entry: `!` turns it round, `@head` is any of `heads`."""
+    bare = pattern.removeprefix("!")
+    found = any(fnmatchcase(name, p) for p in (heads if bare == HEAD else (bare,)))
+    return found != (bare != pattern)
 
 
 def _natures(model: nn.Module) -> tuple[dict[str, Nature], dict[str, str]]:

@@ -24,7 +24,7 @@ from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction, Kind, Part
 from shared_models.sums import Groups
 
-VERSION = 1
+VERSION = 2
 DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (
@@ -36,7 +36,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # runs and sites name folders on a 
 LIMIT = 2**53  # numbers below it are exact in float64 and in every JSON reader
 MAX_DIMS = 64  # of a tensor, torch's own limit
 KEY = r"^[^\x00-\x1f\x7f-\x9f]{1,200}$"  # names of tensors reach a terminal: no control characters
-_METRICS = "metrics"  # metrics travel as one more group, which no method may use as a name
+_METRICS, _STATISTICS = "metrics", "statistics"  # they travel as one more group, which no method may use as a name
 
 Count = Annotated[int, Field(ge=0, lt=LIMIT)]
 
@@ -84,6 +84,7 @@ class _Up(_Head):
     examples: Count
     samples: Count
     steps: Count
+    halvings: Count
 
 
 _H = TypeVar("_H", bound=_Head)
@@ -91,7 +92,7 @@ _H = TypeVar("_H", bound=_Head)
 
 def encode_instruction(instruction: Instruction) -> tuple[bytes, bytes]:
     """(manifest, blob)."""
-    tensors, blob = _pack(instruction.groups)
+    tensors, blob = _pack(_with(instruction.groups, _STATISTICS, instruction.statistics))
     head = _Down(
         **_common(instruction),
         tensors=tensors,
@@ -109,6 +110,8 @@ def encode_instruction(instruction: Instruction) -> tuple[bytes, bytes]:
 def decode_instruction(manifest: bytes, blob: bytes) -> Instruction:
     """The inverse; raises Rejected("malformed"), or the job's own error where it is of another version."""
     head = _parse(_Down, manifest, blob)
+    groups = _unpack(head, blob)
+    statistics = groups.pop(_STATISTICS, {})
     return Instruction(
         kind=head.kind,
         run=head.run,
@@ -120,15 +123,15 @@ def decode_instruction(manifest: bytes, blob: bytes) -> Instruction:
         rounds=head.rounds,
         budget=Budget(head.epochs, head.steps),
         evaluate=head.evaluate,
-        groups=_unpack(head, blob),
+        groups=groups,
         document=head.document,
+        statistics=statistics,
     )
 
 
 def encode_contribution(contribution: Contribution) -> tuple[bytes, bytes]:
     """(manifest, blob)."""
-    groups = {**contribution.groups, _METRICS: contribution.metrics} if contribution.metrics else contribution.groups
-    tensors, blob = _pack(groups)
+    tensors, blob = _pack(_with(contribution.groups, _METRICS, contribution.metrics))
     head = _Up(
         **_common(contribution),
         tensors=tensors,
@@ -137,6 +140,7 @@ def encode_contribution(contribution: Contribution) -> tuple[bytes, bytes]:
         examples=contribution.examples,
         samples=contribution.samples,
         steps=contribution.steps,
+        halvings=contribution.halvings,
     )
     return head.model_dump_json().encode(), blob
 
@@ -156,10 +160,15 @@ def decode_contribution(manifest: bytes, blob: bytes) -> Contribution:
         examples=head.examples,
         samples=head.samples,
         steps=head.steps,
+        halvings=head.halvings,
         metrics=metrics,
         groups=groups,
         document=head.document,
     )
+
+
+def _with(groups: Groups, name: str, more: Mapping[str, Tensor]) -> Groups:
+    return {**groups, name: more} if more else groups
 
 
 def _common(message: Instruction | Contribution) -> dict[str, Any]:

@@ -6,18 +6,21 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from shared_models.job import Job
     from simulations.results import Comparison
 
 app = typer.Typer()
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="A job file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. federation.rounds=5.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+SkipBad = Annotated[int, typer.Option("--skip-bad", min=0, help="Pass over up to N unusable files, and list them.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results.", show_default="runs/<job>-<time>")]
 
 
@@ -32,14 +35,17 @@ def demo(
 
 
 @app.command()
-def simulate(job: JobFile, set: Set = None, out: Out = None, as_json: Json = False) -> None:
+def simulate(
+    job: JobFile, set: Set = None, out: Out = None, skip_bad: SkipBad = 0, as_json: Json = False
+) -> None:
     """Run one job as it stands, in this process, on simulated sites."""
     from shared_models.job import Job
     from simulations.compare import load_sites, require_enough, run_one
     from simulations.progress import progress
 
     resolved = Job.load(job, set or ())
-    sites = load_sites(resolved, job.parent)
+    sites = load_sites(resolved, job.parent, skip_bad)
+    _say(resolved, sites.store.skipped)
     if resolved.place == "federated":
         require_enough(resolved, sites)
     folder = _folder(out, resolved.name)
@@ -57,6 +63,7 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from the job's own.")] = 3,
     set: Set = None,
     out: Out = None,
+    skip_bad: SkipBad = 0,
     as_json: Json = False,
 ) -> None:
     """Compare paradigms: same data, same split, same seeds, same budget."""
@@ -67,7 +74,8 @@ def compare(
     resolved = Job.load(job, set or ())
     paradigms = as_paradigms(place, time)
     chosen = range(resolved.seed, resolved.seed + seeds)
-    sites = load_sites(resolved, job.parent)
+    sites = load_sites(resolved, job.parent, skip_bad)
+    _say(resolved, sites.store.skipped)
     if any(name == "federated" for name, _ in paradigms):
         require_enough(resolved, sites)
     folder = _folder(out, f"{resolved.name}-compare")
@@ -121,6 +129,16 @@ def _leave(comparison: Comparison, folder: Path, as_json: bool) -> None:
     for line in verdicts(comparison):
         console.print(line)
     typer.echo(f"report {page}")
+
+
+def _say(job: Job, skipped: Sequence[str]) -> None:
+    """What was passed over in the data, and what was loaded of pretrained weights."""
+    from shared_models.spec import build_model
+
+    for line in skipped:
+        typer.echo(f"passed over: {line}", err=True)
+    if match := build_model(job)[1].match:
+        typer.echo(str(match), err=True)
 
 
 def _folder(out: Path | None, name: str) -> Path:

@@ -13,32 +13,39 @@ from typing import Any, cast
 
 import torch
 
-from client.readers.base import Store, readers
+from client.readers import read
+from client.readers.base import Store, Wanted, readers
 from client.workbench import Benches
 from server.coordinator import Totals
 from shared_models.errors import ConfigError, FedzooError
 from shared_models.job import Job
 from shared_models.spec import build_model
-from shared_models.tasks.base import tasks
+from shared_models.tasks.base import Target, make_task
 from simulations.paradigms import Result, Setting
 from simulations.paradigms import paradigms as places
 from simulations.partition import SitePopulation, make_partition
+from simulations.pictures import pictures, with_truth
 from simulations.results import Budget, Cell, Comparison, Partition, Place, Time
 
 PLACES: tuple[Place, ...] = ("centralized", "federated", "isolated")
 TIMES: tuple[Time, ...] = ("offline", "continual")
 OFFLINE: tuple[tuple[Place, Time], ...] = tuple((place, "offline") for place in PLACES)
 
+COUNTED: dict[Target, str] = {
+    "class": "examples", "mask": "images that show it", "boxes": "boxes", "box": "examples",
+}  # fmt: skip
+
 Listen = Callable[[str, int, dict[str, Any]], None]
 """(cell name, seed, event) for every event of every run."""
 
 
-def read_pool(job: Job, base: Path) -> Store:
+def read_pool(job: Job, base: Path, skip_bad: int = 0) -> Store:
     """All examples of a simulated federation.
 
     Args:
         job: its `[simulation]` names reader and root.
         base: the folder that a relative root starts from.
+        skip_bad: how many files or rows that cannot be used are passed over.
 
     Raises:
         UnknownNameError: there is no such reader.
@@ -55,13 +62,14 @@ def read_pool(job: Job, base: Path) -> Store:
                 f"simulation.root = '{root}' needs the environment variable {name}, which is not set",
                 hint=f"export {name}=<folder>",
             )
-    reader = readers.get(job.simulation.reader, "simulation.reader")()
+    reader = readers.get(job.simulation.reader, "simulation.reader")
     if reader.needs_root and not root:
         raise ConfigError(
             f"simulation.root is not set, and the reader '{job.simulation.reader}' needs a folder",
             hint="A relative one starts at the job file",
         )
-    return reader.read(base / os.path.expandvars(root), job.data, job.task.labels, {})
+    wanted = Wanted.by(job, skip_bad=skip_bad, values=job.simulation.values)
+    return read(job.simulation.reader, base / os.path.expandvars(root), wanted)
 
 
 def variant(job: Job, place: Place, time: Time, seed: int) -> Job:
@@ -99,7 +107,7 @@ def compare(
         listen: hears every event.
     """
     benches = Benches()
-    cells, failures = [], []
+    cells, failures, drawn = [], [], []
     for place, time in paradigms:
         name = f"{place}, {time}"
         results: list[Result] = []
@@ -120,24 +128,19 @@ def compare(
                 failures.append(problem)
                 break
         cells.append(_cell(place, time, results, error))
+        if results and error is None:
+            drawn += pictures(variant(job, place, time, seeds[0]), sites, results[0], cells[-1].name)
     if len(failures) == len(cells):
         raise failures[0]
     return Comparison(
+        **_facts(job, sites),
         title=title or f"{job.name}: paradigms compared",
-        created=datetime.now(UTC).replace(microsecond=0),
-        version=product_version(),
         command=command,
-        job=job.model_dump(mode="json"),
-        job_hash=job.hash,
         fingerprint=build_model(job)[1].fingerprint,
         demo=demo,
-        partition=Partition(kind=sites.partition.kind, hash=sites.partition.hash, sites=_named_counts(job, sites)),
-        environment=environment(),
         seeds=list(seeds),
-        metric=tasks[job.task.name].headline,
-        sites=list(sites.names),
-        labels=list(job.task.labels),
         cells=cells,
+        pictures=with_truth(job, sites, drawn),
     )
 
 
@@ -148,25 +151,42 @@ def run_one(job: Job, sites: SitePopulation, folder: Path, command: str, listen:
     alone = job if job.place == "federated" else job.replace(federation={"min_sites": 1})  # as in `variant`
     setting = Setting(alone, sites, Benches(), run=folder.name, folder=folder, listener=listener)
     result = places[job.place](setting)
+    cell = _cell(job.place, job.time, [result], None)
     return Comparison(
+        **_facts(job, sites),
         title=job.name,
-        created=datetime.now(UTC).replace(microsecond=0),
-        version=product_version(),
         command=command,
-        job=job.model_dump(mode="json"),
-        job_hash=job.hash,
         fingerprint=result.fingerprint,
-        partition=Partition(kind=sites.partition.kind, hash=sites.partition.hash, sites=_named_counts(job, sites)),
-        environment=environment(),
         seeds=[job.seed],
-        metric=tasks[job.task.name].headline,
-        sites=list(sites.names),
-        labels=list(job.task.labels),
-        cells=[_cell(job.place, job.time, [result], None)],
+        cells=[cell],
+        pictures=with_truth(job, sites, pictures(alone, sites, result, cell.name)),
     )
 
 
-def load_sites(job: Job, base: Path) -> SitePopulation:
+def _facts(job: Job, sites: SitePopulation) -> dict[str, Any]:
+    """What a comparison says of its job, its data and this machine."""
+    task = make_task(job)
+    return {
+        "created": datetime.now(UTC).replace(microsecond=0),
+        "version": product_version(),
+        "job": job.model_dump(mode="json"),
+        "job_hash": job.hash,
+        "partition": Partition(
+            kind=sites.partition.kind,
+            hash=sites.partition.hash,
+            sites=_named_counts(job, sites),
+            sizes=sites.sizes(),
+            counted=COUNTED[task.target],
+        ),
+        "environment": environment(),
+        "metric": task.headline,
+        "metrics": list(task.metrics),
+        "sites": list(sites.names),
+        "labels": list(job.task.labels),
+    }
+
+
+def load_sites(job: Job, base: Path, skip_bad: int = 0) -> SitePopulation:
     """The simulated sites of a job, once it is known that they and its model can be used.
 
     Raises:
@@ -174,7 +194,7 @@ def load_sites(job: Job, base: Path) -> SitePopulation:
         DataError: the data cannot be read, or a site would have no example for one of the three parts.
     """
     build_model(job)
-    store = read_pool(job, base)
+    store = read_pool(job, base, skip_bad)
     sites = SitePopulation(store, make_partition(store, job.simulation))
     for name in sites.names:
         sites.splits(name)
@@ -232,6 +252,7 @@ def _cell(place: Place, time: Time, results: Sequence[Result], error: str | None
         own_site=[r.own_site for r in results],
         per_site={site: [r.per_site[site] for r in results] for site in first.per_site},
         per_site_all={site: [r.per_site_all[site] for r in results] for site in first.per_site_all},
+        metrics={name: [_number(r.metrics[name]) for r in results] for name in first.metrics if name != "examples"},
         curves=[[_plain(row) for row in r.curve] for r in results],
         matrix=matrices or None,
         budget=Budget(**counted),
@@ -241,14 +262,18 @@ def _cell(place: Place, time: Time, results: Sequence[Result], error: str | None
 
 
 def _plain(row: Mapping[str, float]) -> dict[str, float | None]:
-    return {k: None if math.isnan(v) else v for k, v in row.items()}
+    return {k: _number(v) for k, v in row.items()}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _named_counts(job: Job, sites: SitePopulation) -> dict[str, dict[str, dict[str, int]]]:
     labels = job.task.labels
     return {
-        site: {part: {labels[int(c)]: n for c, n in counts.items()} for part, counts in parts.items()}
-        for site, parts in sites.counts().items()
+        site: {part: {labels[c]: n for c, n in counts.items()} for part, counts in parts.items()}
+        for site, parts in sites.counts(len(labels)).items()
     }
 
 

@@ -109,10 +109,10 @@ def write_hospitals(sites: SitePopulation, root: Path) -> dict[str, int]:
         splits = sites.splits(site)
         for part in PARTS:
             examples = getattr(splits, part)
-            for row, label in zip(examples.rows.tolist(), examples.labels.tolist(), strict=True):
+            for row, label in zip(examples.rows.tolist(), examples.y.tolist(), strict=True):
                 path = root / site / part / str(label) / sites.store.names[row]
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(sites.store.images[row, 0].numpy()).save(path)
+                Image.fromarray(sites.store.x[row, 0].numpy()).save(path)
         counts[site] = sum(len(getattr(splits, part)) for part in PARTS)
     return counts
 

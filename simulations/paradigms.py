@@ -29,6 +29,7 @@ from shared_models.job import Job
 from shared_models.messages import Budget
 from shared_models.registry import Registry
 from shared_models.schedule import round_budget, task_of
+from shared_models.tasks.base import make_task
 from simulations.engines.inprocess import InProcess
 from simulations.partition import SitePopulation
 
@@ -44,20 +45,25 @@ class Result:
         own_site: mean over sites of the metric on each site's own test.
         per_site: site -> on its own test.
         per_site_all: site -> its model on all sites' tests (the one shared model where there is only one).
+        metrics: every metric of the task on all sites' tests together, and the headline's mean over the sites' tests,
+            each of them counting alike (isolated: mean over the sites' models).
         curve: validation, one row a round (isolated: mean over the sites' curves).
         matrix: R[t][i] of a stream, else None.
         models: name -> final weights; one entry, or one per isolated site.
+        statistics: name -> mean and std that were measured at the sites, as for `models`; empty without.
     """
 
     all_sites: float
     own_site: float
     per_site: Mapping[str, float]
     per_site_all: Mapping[str, float]
+    metrics: Mapping[str, float]
     curve: Sequence[Mapping[str, float]]
     matrix: Sequence[Sequence[float]] | None
     totals: Totals
     fingerprint: str
     models: Mapping[str, Mapping[str, Any]]
+    statistics: Mapping[str, Mapping[str, Sequence[float]]]
 
 
 Paradigm = Callable[["Setting"], Result]
@@ -77,6 +83,8 @@ class Setting:
 
     def require_measurable(self) -> None:
         """Raise a ConfigError where no site has test examples of some task of the stream."""
+        if self.job.time == "offline":
+            return
         for task, classes in enumerate(self.job.tasks):
             if not any(len(self.sites.splits(name).test.of_classes(classes)) for name in self.sites.names):
                 labels = ", ".join(self.job.task.labels[c] for c in classes)
@@ -165,11 +173,13 @@ def isolated(setting: Setting) -> Result:
         own_site=_mean(own.values()),
         per_site=own,
         per_site_all=everywhere,
+        metrics={name: _mean(_metrics(setting, o)[name] for o in every) for name in _metrics(setting, every[0])},
         curve=_mean_curve([o.curve for o in every]),
         matrix=_mean_matrix([o.matrix for o in every]),
         totals=_add([o.totals for o in every]),
         fingerprint=every[0].fingerprint,
         models={name: o.model for name, o in outcomes.items()},
+        statistics={name: o.statistics for name, o in outcomes.items()},
     )
 
 
@@ -181,12 +191,20 @@ def _one_model(setting: Setting, outcome: Outcome, totals: Totals) -> Result:
         own_site=_mean(own.values()),
         per_site=own,
         per_site_all=dict.fromkeys(own, outcome.all_sites[headline]),
+        metrics=_metrics(setting, outcome),
         curve=outcome.curve,
         matrix=outcome.matrix or None,
         totals=totals,
         fingerprint=outcome.fingerprint,
         models={"model": outcome.model},
+        statistics={"model": outcome.statistics},
     )
+
+
+def _metrics(setting: Setting, outcome: Outcome) -> dict[str, float]:
+    headline = _headline(setting)
+    alike = _mean(values[headline] for values in outcome.per_site.values())
+    return {**outcome.all_sites, f"{headline}:mean of sites": alike}
 
 
 def _held(setting: Setting, splits: Splits, task: int) -> int:
@@ -196,9 +214,7 @@ def _held(setting: Setting, splits: Splits, task: int) -> int:
 
 
 def _headline(setting: Setting) -> str:
-    from shared_models.tasks.base import tasks
-
-    return tasks[setting.job.task.name].headline
+    return make_task(setting.job).headline
 
 
 def _mean(values: Iterable[float]) -> float:

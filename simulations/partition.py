@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from client.readers.base import Examples, Splits, Store, split
+from client.readers.base import PARTS, Examples, Splits, Store, split
 from shared_models.errors import ConfigError, DataError
 from shared_models.job import SimulationPart
 from shared_models.keys import key
@@ -50,11 +50,12 @@ def make_partition(store: Store, part: SimulationPart) -> Partition:
     if part.partition == "column":
         return by_column(store)
     names = site_names(part.sites)
+    if part.partition == "blocks":
+        return Partition("blocks", dict(zip(names, blocks(store.names, part.sites), strict=True)))
     rng = np.random.default_rng(key(part.seed, "partition"))
-    labels = store.labels.numpy()
     if part.partition == "iid":
-        return Partition("iid", dict(zip(names, iid(len(labels), part.sites, rng), strict=True)))
-    rows = dirichlet(labels, part.sites, part.alpha, part.min_examples, rng)
+        return Partition("iid", dict(zip(names, iid(len(store.names), part.sites, rng), strict=True)))
+    rows = dirichlet(store.y.numpy(), part.sites, part.alpha, part.min_examples, rng)
     return Partition(f"dirichlet(alpha={part.alpha:g})", dict(zip(names, rows, strict=True)))
 
 
@@ -68,14 +69,29 @@ def by_column(store: Store) -> Partition:
     return Partition("column", {str(name): np.flatnonzero(column == name) for name in sorted(set(store.sites))})
 
 
+def blocks(names: Sequence[str], sites: int) -> list[np.ndarray]:
+    """Contiguous blocks in the order of names, sizes differing by at most one: slices of a volume stay together.
+
+    Raises:
+        ConfigError: there are more sites than examples.
+    """
+    _require_enough(len(names), sites)
+    order = np.array(sorted(range(len(names)), key=lambda row: names[row]))
+    return [np.sort(rows) for rows in np.array_split(order, sites)]
+
+
+def _require_enough(examples: int, sites: int) -> None:
+    if sites > examples:
+        raise ConfigError(f"{sites} sites cannot share {examples} examples", hint="Lower simulation.sites")
+
+
 def iid(examples: int, sites: int, rng: np.random.Generator) -> list[np.ndarray]:
     """A random split into parts whose sizes differ by at most one.
 
     Raises:
         ConfigError: there are more sites than examples.
     """
-    if sites > examples:
-        raise ConfigError(f"{sites} sites cannot share {examples} examples", hint="Lower simulation.sites")
+    _require_enough(examples, sites)
     return [np.sort(rows) for rows in np.array_split(rng.permutation(examples), sites)]
 
 
@@ -130,17 +146,19 @@ class SitePopulation:
         parts = [self.splits(name) for name in self.names]
         return Splits(*(
             Examples(self.store, torch.cat([getattr(p, part).rows for p in parts]).sort().values)
-            for part in ("train", "validation", "test")
+            for part in PARTS
         ))  # fmt: skip
 
-    def counts(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Site -> part -> class index as text -> examples, for the report."""
+    def counts(self, classes: int) -> dict[str, dict[str, dict[int, int]]]:
+        """Site -> part -> class index -> count, zeros left out; what is counted says `Examples.counts`."""
         return {
             name: {
-                part: {
-                    str(c): int(n) for c, n in enumerate(torch.bincount(getattr(self.splits(name), part).labels)) if n
-                }
-                for part in ("train", "validation", "test")
+                part: {c: n for c, n in enumerate(getattr(self.splits(name), part).counts(classes)) if n}
+                for part in PARTS
             }
             for name in self.names
         }
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Site -> part -> examples."""
+        return {name: {part: len(getattr(self.splits(name), part)) for part in PARTS} for name in self.names}

@@ -26,6 +26,7 @@ Given = Comparison | Mapping[str, Any]
 NOTHING = "–"
 SITE_LIMIT = 24  # more sites or classes than this would make the page unreadable; it says how many it leaves out
 CLASS_LIMIT = 40
+METRIC_LIMIT = 14
 
 
 def write(comparison: Given, path: Path) -> Path:
@@ -60,18 +61,35 @@ def tables(comparison: Given, width: int = 120) -> list[Table]:
         for cells in rows:
             shown.add_row(*(Text(cells[i]) for i in columns))
         found.append(shown)
-    return found
+    return found + ([_metric_table(c)] if len(c.metrics) > 1 else [])
+
+
+def _metric_table(c: Comparison) -> Table:
+    """Every metric of the task on all sites' tests."""
+    shown = Table(title=Text("every metric on all sites' tests"), title_justify="left")
+    for i, name in enumerate(metric_headers(c)):
+        shown.add_column(Text(name), justify="right" if i else "left")
+    for cell in c.cells:
+        if cell.error is None:
+            shown.add_row(*map(Text, metric_row(c, cell)))
+    return shown
 
 
 def as_markdown(comparison: Given) -> str:
-    """The same table for a README, with a line end after the last row.
+    """The same tables for a README, with a line end after the last row of each.
 
     Raises:
         RunError: the comparison lacks something.
     """
     c = parse(comparison)
-    rule = ["---", *["---:"] * (len(headers(c)) - 1)]
-    rows = [headers(c), rule, *(row(cell) for cell in c.cells)]
+    said = _markdown(headers(c), [row(cell) for cell in c.cells])
+    if len(c.metrics) > 1:
+        said += "\n" + _markdown(metric_headers(c), [metric_row(c, cell) for cell in c.cells if cell.error is None])
+    return said
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "".join("| " + " | ".join(" ".join(v.replace("|", "\\|").split()) for v in r) + " |\n" for r in rows)
 
 
@@ -108,6 +126,23 @@ def row(cell: Cell) -> list[str]:
     ]
 
 
+def metric_headers(c: Comparison) -> list[str]:
+    """The columns of the second table: every metric of the task, on all sites' tests."""
+    return ["paradigm", *(f"{name} %" for name in _metric_names(c))]
+
+
+def metric_row(c: Comparison, cell: Cell) -> list[str]:
+    """One paradigm's figures under `metric_headers`; a metric that is not defined for some seed is left open."""
+    found = [[v for v in cell.metrics.get(name, []) if v is not None] for name in _metric_names(c)]
+    return [cell.name, *(spread(v) if len(v) == len(c.seeds) else NOTHING for v in found)]
+
+
+def _metric_names(c: Comparison) -> list[str]:
+    """Those of the task, then those of single labels, e.g. `dice:membrane`."""
+    known = {name: None for cell in c.cells for name in cell.metrics if name in c.metrics or ":" in name}
+    return [*(n for n in c.metrics if n in known), *(n for n in known if n not in c.metrics)][:METRIC_LIMIT]
+
+
 def spread(values: Sequence[float]) -> str:
     """Fractions as percent: `84.2 ± 1.3` (mean and sd over seeds), `84.2` for one seed."""
     s = summarize(values)
@@ -141,6 +176,9 @@ def _view(c: Comparison) -> dict[str, Any]:
         "pooled": c.demo or any(cell.place == "centralized" for cell in c.cells),
         "headers": headers(c),
         "rows": [row(cell) for cell in c.cells],
+        "metric_headers": metric_headers(c),
+        "metric_rows": [metric_row(c, cell) for cell in done] if len(c.metrics) > 1 else [],
+        "pictures": c.pictures,
         "legend": [(cell.name, charts.swatch(f"{cell.place} {cell.time}")) for cell in done],
         "overview": _overview(c),
         "curves": _curves(c, done),
@@ -179,8 +217,7 @@ def _site(c: Comparison, index: int, site: str) -> Markup:
 
 def _tests(c: Comparison, site: str) -> int | None:
     """How many test examples the site has, where the partition tells."""
-    counts = c.partition.sites.get(site, {}).get("test")
-    return sum(counts.values()) if counts else None
+    return c.partition.sizes.get(site, {}).get("test")
 
 
 def _curves(c: Comparison, done: Sequence[Cell]) -> list[tuple[str, Markup]]:
@@ -235,7 +272,7 @@ def _partition(c: Comparison) -> dict[str, Any]:
         parts = c.partition.sites[site]
         train = parts.get("train", {})
         counts = [train.get(label, 0) for label in shown] + ([sum(train.get(x, 0) for x in rest)] if rest else [])
-        sizes = [sum(parts.get(part, {}).values()) for part in ("train", "validation", "test")]
+        sizes = [c.partition.sizes.get(site, {}).get(part, 0) for part in ("train", "validation", "test")]
         rows.append((site, counts, sizes))
     most = max((count for _, counts, _ in rows for count in counts), default=0)
     return {"columns": [*shown, *([f"{len(rest)} more"] if rest else [])], "rows": rows, "most": max(most, 1)}

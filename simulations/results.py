@@ -27,11 +27,19 @@ class _Frozen(BaseModel):
 
 
 class Partition(_Frozen):
-    """How the examples lie at the sites: `sites[site][part][label]` counts them; parts: train, validation, test."""
+    """How the examples lie at the sites; parts: train, validation, test.
+
+    Attributes:
+        sites: site -> part -> label -> how many of what `counted` says.
+        sizes: site -> part -> examples.
+        counted: e.g. `examples`, `boxes`, or `images that show it`.
+    """
 
     kind: str
     hash: str = ""
     sites: dict[str, dict[str, dict[str, int]]] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    counted: str = "examples"
 
 
 class Budget(_Frozen):
@@ -45,6 +53,18 @@ class Budget(_Frozen):
     bytes_down: int = 0
 
 
+class Picture(_Frozen):
+    """Test images of the simulation beside their truth and what a paradigm's model says of them.
+
+    Attributes:
+        paradigm: name of the cell, `truth` for the annotation.
+        images: PNG files, base64, one for each of the test images, the same ones in every picture.
+    """
+
+    paradigm: str
+    images: list[str]
+
+
 class Cell(_Frozen):
     """One paradigm (place x time) over all seeds.
 
@@ -54,6 +74,7 @@ class Cell(_Frozen):
         own_site: the mean over sites of the metric on each site's own test.
         per_site: site -> the metric on its own test, one a seed.
         per_site_all: site -> the metric of that site's model on the tests of all sites, one a seed.
+        metrics: every metric of the task on all sites' tests, one a seed; None where it is not defined.
         curves: one list a seed of `{"round", "loss", <metric>}`, measured on validation data.
         matrix: one a seed: `R[t][i]`, the metric on task i after task t, T x T; None where there is one task.
         budget: the same for every seed.
@@ -68,6 +89,7 @@ class Cell(_Frozen):
     own_site: PerSeed = []
     per_site: dict[str, PerSeed] = {}
     per_site_all: dict[str, PerSeed] = {}
+    metrics: dict[str, list[float | None]] = {}
     curves: list[list[dict[str, float | None]]] = []
     matrix: list[list[list[Fraction]]] | None = None
     budget: Budget = Budget()
@@ -95,6 +117,8 @@ class Comparison(_Frozen):
     environment: dict[str, str]
     seeds: list[int] = Field(min_length=1)
     metric: str = "accuracy"
+    metrics: list[str] = []
+    pictures: list[Picture] = []
     sites: list[str]
     labels: list[str]
     cells: list[Cell]
@@ -197,9 +221,10 @@ def of_run(folder: Path) -> Comparison:
 
 
 def _of_result(result: Mapping[str, Any], job: Job, folder: Path) -> Comparison:
-    from shared_models.tasks.base import tasks
+    from shared_models.tasks.base import make_task
 
-    headline = tasks[job.task.name].headline
+    task = make_task(job)
+    headline = task.headline
     per_site = {site: values[headline] for site, values in result["per_site"].items()}
     totals = result["totals"]
     everywhere = result["all_sites"][headline]
@@ -210,6 +235,7 @@ def _of_result(result: Mapping[str, Any], job: Job, folder: Path) -> Comparison:
         own_site=[sum(per_site.values()) / len(per_site)],
         per_site={site: [value] for site, value in per_site.items()},
         per_site_all={site: [everywhere] for site in per_site},
+        metrics={name: [result["all_sites"].get(name)] for name in task.metrics},
         curves=[result["curve"]],
         matrix=[result["matrix"]] if result["matrix"] else None,
         budget=Budget(**{k: v for k, v in totals.items() if k in Budget.model_fields}),
@@ -228,6 +254,7 @@ def _of_result(result: Mapping[str, Any], job: Job, folder: Path) -> Comparison:
         environment={},
         seeds=[job.seed],
         metric=headline,
+        metrics=list(task.metrics),
         sites=sorted(per_site),
         labels=list(job.task.labels),
         cells=[cell],

@@ -129,9 +129,9 @@ def an_invite(address: str, seconds: float = 3600) -> str:
         ("model.name=logistik", ("[model]", "unknown model 'logistik'", "did you mean 'logistic'?")),
         ("model={name='vit', size='tny'}", ("[model]", "'vit' has no size 'tny'", "known: b16")),
         ("model={name='vit', layer=2}", ("[model]", "unknown key 'layer'", "did you mean 'layers'")),
-        ("method.name=fedavgg", ("[method]", "unknown method 'fedavgg'", "did you mean 'fedavg'?")),
+        ("method.name=fedavgg", ("[method]", "unknown method 'fedavgg'", "did you mean 'fedavg'")),
         ("continual.name=fintune", ("[continual]", "unknown method 'fintune'", "did you mean 'finetune'?")),
-        ("task.name=clasification", ("[task]", "unknown task 'clasification'", "did you mean 'classification'?")),
+        ("task.name=clasification", ("[task]", "unknown task 'clasification'", "did you mean 'classification'")),
         ("train.momentun=0.1", ("unknown key 'train.momentun'", "did you mean 'momentum'?")),
         ("trian.lr=0.1", ("unknown key 'trian'", "did you mean 'train'")),
         ("place=federatd", ("'place' should be 'centralized', 'isolated' or 'federated'", "not 'federatd'")),
@@ -188,7 +188,7 @@ def test_a_command_line_of_the_wrong_form(refused) -> None:
     has(refused("compare", "job.toml", "--seeds", "0"), "--seeds", "x>=1")
     has(refused("compare", "job.toml", "--place", "federatd"), "unknown place 'federatd'", "'federated'?")
     has(refused("compare", "job.toml", "--time", "ofline"), "unknown time 'ofline'", "'offline'?")
-    has(refused("models", "--task", "clasification"), "unknown task", "'classification'?")
+    has(refused("models", "--task", "clasification"), "unknown task", "did you mean 'classification'")
 
 
 # Data and sites that do not fit the job
@@ -200,7 +200,7 @@ def test_data_that_cannot_be_read(refused, here: Path, monkeypatch: pytest.Monke
 
     monkeypatch.delenv("NOWHERE", raising=False)
     has(told("$NOWHERE/x"), "environment variable NOWHERE", "not set", "export NOWHERE=")
-    has(told("nowhere"), "data folder nowhere does not exist", "one folder per class")
+    has(told("nowhere"), "nowhere does not exist", "Name the folder")
     (here / "data").mkdir()
     has(told("data"), "data has no class folder", "<folder>/<class>/<image files>")
     (here / "data" / "0").mkdir()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,11 @@ class Federation:
         return dict(result.models["model"])
 
 
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    root = tmp_path_factory.mktemp("federation")
-    sites = load_sites(FEDAVG, root)
+@contextmanager
+def running(
+    root: Path, sites: SitePopulation, write: Callable[[SitePopulation, str, Path], Path], format: str, jobs: list[Job]
+) -> Iterator[Federation]:
+    """A server, and an enrolled node for each site with the site's data in files, which approves the jobs."""
     server = root / "server"
     ports = [w for n in ("fleet", "control", "enroll", "member") for w in (f"--{n}-port", str(free_port()))]
     fedzoo("server", "init", "--dir", str(server), *ports)
@@ -115,30 +117,49 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     children = [Child("server", [*command, "server", "start", "--dir", str(server)], root / "server.log")]
     try:
         eventually(lambda: "ready:" in children[0].tail(), children[0].tail())
-        approved = [w for job in (FEDAVG, SCAFFOLD, KILLED, FAILING, REVOKED) for w in ("--approve", job.hash)]
+        approved = [w for job in jobs for w in ("--approve", job.hash)]
         for site in sites.names:
-            data = write_hospital(sites, site, root / "hospitals" / CANARY / site)
+            data = write(sites, site, root / "hospitals" / CANARY / site)
             node = root / "nodes" / site
-            enroll(make_invite(server, site, hours=1), node, data, "imagefolder")
+            enroll(make_invite(server, site, hours=1), node, data, format)
             start = [*command, "client", "start", "--dir", str(node), *approved]
             children.append(Child(site, start, root / "nodes" / f"{site}.log"))
-        found = Federation(root, sites)
-        for job in (FEDAVG, SCAFFOLD, UNAPPROVED, FAILING):  # side by side: most of a small run is starting and waiting
-            found.submit(job)
-        yield found
+        yield Federation(root, sites)
     finally:
         for child in reversed(children):
             child.stop()
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    root = tmp_path_factory.mktemp("federation")
+    approved = [FEDAVG, SCAFFOLD, KILLED, FAILING, REVOKED]
+    with running(root, load_sites(FEDAVG, root), write_hospital, "imagefolder", approved) as found:
+        for job in (FEDAVG, SCAFFOLD, UNAPPROVED, FAILING):  # side by side: most of a small run is starting and waiting
+            found.submit(job)
+        yield found
 
 
 def write_hospital(sites: SitePopulation, site: str, folder: Path) -> Path:
     """The site's images with the canary in every file name; the order of names is that of the simulated site."""
     for part in PARTS:
         examples = getattr(sites.splits(site), part)
-        for row, label in zip(examples.rows.tolist(), examples.labels.tolist(), strict=True):
+        for row, label in zip(examples.rows.tolist(), examples.y.tolist(), strict=True):
             path = folder / part / str(label) / f"{CANARY}-{sites.store.names[row]}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(sites.store.images[row, 0].numpy()).save(path)
+            Image.fromarray(sites.store.x[row, 0].numpy()).save(path)
+    return folder
+
+
+def write_masks(sites: SitePopulation, site: str, folder: Path) -> Path:
+    """The site's images and their masks, as an annotation tool leaves them."""
+    for part in PARTS:
+        for row in getattr(sites.splits(site), part).rows.tolist():
+            name = Path(sites.store.names[row]).name
+            for kind, pixels in (("image", sites.store.x[row, 0]), ("label", sites.store.y[row])):
+                path = folder / part / kind / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.numpy()).save(path)
     return folder
 
 
@@ -155,6 +176,38 @@ def test_real_nodes_give_the_bits_of_the_simulator(federation: Federation, job: 
     assert [e["sites"] for e in events if e["event"] == "round"] == [list(federation.sites.names)] * 3
     assert same_bits(run, federation.simulated(job))
     assert not same_bits(run, federation.simulated(job.replace(seed=1)))
+
+
+def test_real_nodes_segment_as_the_simulator_does(tmp_path: Path) -> None:
+    """A U-Net on masks, images changed at random on the way, normalised by what the sites measured."""
+    source = torch.Generator().manual_seed(2)
+    for i in range(40):
+        x, y = torch.randint(2, 8, (2,), generator=source).tolist()
+        image = torch.randint(0, 120, (16, 16), generator=source, dtype=torch.uint8)
+        mask = torch.zeros(16, 16, dtype=torch.uint8)
+        image[y : y + 6, x : x + 6] += 100
+        mask[y : y + 6, x : x + 6] = 1
+        for kind, pixels in (("image", image), ("label", mask)):
+            path = tmp_path / "pool" / kind / f"{i:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(path)
+    job = make_job(
+        name="segmentation", model={"name": "unet"}, task={"name": "segmentation", "labels": ["tissue", "lesion"]},
+        data={"shape": [1, 16, 16], "normalise_by": "sites", "parts": "blocks"}, augment={"flip": True, "crop": 2},
+        train={"optimizer": "adamw", "lr": 0.002, "batch_size": 4}, federation={"rounds": 2, "min_sites": 2},
+        simulation={"reader": "masks", "root": "pool", "partition": "blocks", "sites": 2},
+    )  # fmt: skip
+    job = job.replace(simulation={"root": str(tmp_path / "pool")})
+    sites = load_sites(job, tmp_path)
+    with running(tmp_path, sites, write_masks, "masks", [job]) as found:
+        run = found.submit(job)
+        events = found.finish(run)
+        assert run.status().state == "done", run.status()
+        measured = next(e for e in events if e["event"] == "statistics")
+        assert measured["sites"] == list(sites.names)
+        simulated = paradigms["federated"](Setting(job, sites, Benches(torch.device("cpu"))))
+        assert same_bits(run, dict(simulated.models["model"]))
+        assert simulated.statistics["model"] == {"mean": measured["mean"], "std": measured["std"]}
 
 
 def test_what_is_not_approved_does_not_run(federation: Federation) -> None:

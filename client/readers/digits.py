@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from client.readers.base import Reader, Store, reader
+from client.readers.base import Reader, Store, Wanted, reader
 from client.readers.images import to_tensor
 from shared_models.errors import DataError
-from shared_models.job import DataPart
 
 
 @reader("digits")
@@ -22,21 +20,18 @@ class Digits(Reader):
 
     needs_root = False
 
-    def read(self, root: Path, data: DataPart, labels: Sequence[str], mapping: Mapping[str, str]) -> Store:
-        """Samples in the order of label list and index; labels must be the ten digits, in any order."""
-        index = {label: i for i, label in enumerate(labels)}
-        names = [mapping.get(str(d), str(d)) for d in range(10)]
-        if missing := [n for n in names if n not in index]:
-            raise DataError(f"digit '{missing[0]}' is not a label of the job", hint="labels = ['0', ..., '9']")
+    def read(self, root: Path, wanted: Wanted) -> Store:
+        """Samples in the order of label list and index; labels must be the ten digits, or aliases of them."""
+        index = [wanted.index(str(digit), f"digit {digit}") for digit in range(10)]
         pixels, target = _load()
         grey = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        labels_of = [index[names[d]] for d in target]
-        order = sorted(range(len(grey)), key=lambda i: (labels_of[i], i))
+        classes = [index[d] for d in target]
+        order = sorted(range(len(grey)), key=lambda i: (classes[i], i))
         return Store(
-            images=torch.stack([to_tensor(Image.fromarray(grey[i]), data) for i in order]),
-            labels=torch.tensor([labels_of[i] for i in order]),
+            x=torch.stack([to_tensor(Image.fromarray(grey[i]), wanted.data) for i in order]),
+            y=torch.tensor([classes[i] for i in order]),
             names=[f"{i:05d}.png" for i in order],
-            data=data,
+            data=wanted.data,
         )
 
     def check(self, root: Path) -> dict[str, Any]:

@@ -2,100 +2,49 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from client.readers.base import PARTS, Reader, Store, reader
-from client.readers.images import SUFFIXES, load_image
+from client.readers.base import PARTS, Reader, Store, Wanted, reader
+from client.readers.folders import SUFFIXES, image_files, listed, part_folders, shown
+from client.readers.images import load_image
+from client.readers.samples import Sample, census, fill
 from shared_models.errors import DataError
-from shared_models.job import DataPart
-from shared_models.registry import nearest
 
 
 @reader("imagefolder")
 class ImageFolder(Reader):
-    """Hidden files, and files that are no image by their suffix, are passed over."""
+    """Hidden files, and files that are no image by their suffix, are passed over; `val` and `valid` are validation."""
 
-    def read(self, root: Path, data: DataPart, labels: Sequence[str], mapping: Mapping[str, str]) -> Store:
+    def read(self, root: Path, wanted: Wanted) -> Store:
         """Samples in the order of part, label list and file name, whatever the folders' order."""
-        index = {_spelling(label): i for i, label in enumerate(labels)}
-        mapping = {_spelling(theirs): ours for theirs, ours in mapping.items()}
+        if not root.is_dir():
+            raise DataError(f"{shown(root)} is no folder", hint="Give a folder that holds one folder per class")
+        bases = part_folders(root) or {"": root}
+        folders = [(part, folder) for part, base in bases.items() for folder in listed(base) if folder.is_dir()]
+        if not folders:
+            raise DataError(f"{shown(root)} has no class folder", hint="Expected <folder>/<class>/<image files>")
         found: list[tuple[int, int, str, Path]] = []
-        parts, folders = _folders(root)
         for part, folder in folders:
-            label = _spelling(mapping.get(_spelling(folder.name), folder.name))
-            if label not in index:
-                raise DataError(
-                    f"the class folder {folder} stands for '{label}', which is not a label of the job",
-                    hint="Rename it, or map it under [data.labels] in client.toml; " + nearest(label, list(labels)),
-                )
-            found += [(PARTS.index(part), index[label], f.name, f) for f in _images(folder)]
+            label = wanted.index(folder.name, f"the class folder {shown(folder)}")
+            order = PARTS.index(part) if part else -1
+            found += [(order, label, path.name, path) for path in image_files(folder)]
         if not found:
-            raise DataError(f"no image below {root}", hint=f"Suffixes that count: {' '.join(sorted(SUFFIXES))}")
-        found.sort()
-        images = torch.empty((len(found), *data.shape), dtype=torch.uint8)
-        for i, (_, _, _, path) in enumerate(found):
-            images[i] = load_image(path, data)
-        return Store(
-            images=images,
-            labels=torch.tensor([row[1] for row in found]),
-            names=[row[3].relative_to(root).as_posix() for row in found],
-            parts=[PARTS[row[0]] for row in found] if parts else (),
-            data=data,
-        )
+            raise DataError(f"no image below {shown(root)}", hint=f"Suffixes that count: {' '.join(sorted(SUFFIXES))}")
+        samples = [
+            Sample(path.relative_to(root).as_posix(), (path, label), PARTS[order] if order >= 0 else "")
+            for order, label, _, path in sorted(found)
+        ]
+
+        def decode(sample: Sample[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
+            path, label = sample.about
+            return load_image(path, wanted.data), torch.tensor(label)
+
+        return fill(samples, decode, wanted)
 
     def check(self, root: Path) -> dict[str, Any]:
         """Opens every image."""
-        parts, folders = _folders(root)
-        counts: dict[str, dict[str, int]] = {}
-        unreadable = []
-        for part, folder in folders:
-            files = list(_images(folder))
-            counts.setdefault(part if parts else "all", {})[folder.name] = len(files)
-            for file in files:
-                try:
-                    load_image(file, DataPart(shape=(1, 8, 8)))
-                except DataError as error:
-                    unreadable.append(str(error))
-        return {"images": sum(sum(c.values()) for c in counts.values()), "classes": counts, "unreadable": unreadable}
-
-
-def _folders(root: Path) -> tuple[bool, list[tuple[str, Path]]]:
-    """Whether the owner has split the data, and the class folders as (part, folder)."""
-    if not root.is_dir():
-        raise DataError(f"the data folder {root} does not exist", hint="Give a folder that holds one folder per class")
-    parts = [part for part in PARTS if (root / part).is_dir()]
-    if parts and len(parts) < len(PARTS):
-        missing = ", ".join(p for p in PARTS if p not in parts)
-        raise DataError(
-            f"{root} has {', '.join(parts)} but not {missing}",
-            hint="Give all three, or none: then 60 / 20 / 20 are split by file name",
-        )
-    bases = [(part, root / part) for part in parts] or [("train", root)]
-    folders = [(part, f) for part, base in bases for f in _listed(base) if f.is_dir()]
-    if not folders:
-        raise DataError(f"{root} has no class folder", hint="Expected <folder>/<class>/<image files>")
-    return bool(parts), folders
-
-
-def _spelling(name: str) -> str:
-    """One of the several ways in which Unicode spells the same word (a Mac's disk spells e-acute as two)."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    for path in _listed(folder):
-        if path.is_file() and path.suffix.lower() in SUFFIXES:
-            yield path
-
-
-def _listed(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted, without what is hidden."""
-    try:
-        return sorted(path for path in folder.iterdir() if path.name[0] != ".")
-    except OSError as error:
-        raise DataError(f"{folder} cannot be listed: {error.strerror}", hint="Give this user the right to") from None
+        return census(self, root, "class")

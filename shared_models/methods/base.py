@@ -45,11 +45,19 @@ class MethodSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Progress:
-    """What one client did in one round: optimizer steps K, samples processed, and the sum of the K learning rates."""
+    """What one client did in one round.
+
+    Attributes:
+        steps: optimizer steps K.
+        samples: examples processed, counting repeats.
+        lr_sum: the sum of the K learning rates.
+        halvings: how often its batches were halved because memory ran out.
+    """
 
     steps: int
     samples: int
     lr_sum: float
+    halvings: int = 0
 
 
 class Method:

@@ -1,74 +1,155 @@
-"""What a task is: a loss with a declared unit, and metric sums that merge by addition."""
+"""What a task is: a target with a form, a loss with a declared unit, and metric sums that merge by addition.
+
+| target  | y of a batch                   | values                                                              |
+|---------|--------------------------------|---------------------------------------------------------------------|
+| `class` | (B,) int64                     | index into the job's label list                                     |
+| `mask`  | (B, H, W) uint8                | index into the label list at every pixel; 255 counts nowhere        |
+| `box`   | (B, 4) float32                 | x0, y0, x1, y1 as fractions of the image's width and height         |
+| `boxes` | (B, M, 5) float32              | class index, x0, y0, x1, y1; rows with class -1 are padding         |
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
 
+from shared_models.errors import ConfigError
 from shared_models.job import Job
-from shared_models.registry import Registry
+from shared_models.registry import Registry, nearest
+
+Target = Literal["class", "mask", "box", "boxes"]
+IGNORED = 255  # the value of a mask's pixels that count nowhere
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs x (B, *shape) float32 and targets y (B, ...)."""
+    """Inputs x (B, *shape) float32 and targets y as in the table above.
+
+    Attributes:
+        proposals: (B, R, 4) float32 regions that may hold an object, for models that ask for them (`Model.proposals`);
+            x0, y0, x1, y1 as fractions, a row of zeros is padding.
+    """
 
     x: Tensor
     y: Tensor
+    proposals: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of its samples."""
+        return Batch(self.x[rows], self.y[rows], None if self.proposals is None else self.proposals[rows])
+
+    def pinned(self) -> Batch:
+        """A copy in page-locked memory, from which a GPU reads while the CPU goes on."""
+        regions = None if self.proposals is None else self.proposals.pin_memory()
+        return Batch(self.x.pin_memory(), self.y.pin_memory(), regions)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`; copies from pinned memory do not wait."""
+        x, y = self.x.to(device, non_blocking=True), self.y.to(device, non_blocking=True)
+        moved = None if self.proposals is None else self.proposals.to(device, non_blocking=True)
+        return Batch(x, y, moved)
+
 
 class TaskSettings(BaseModel):
-    """Base of a task's own settings beside its name and labels."""
+    """Base of a task's own settings beside its name.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Attributes:
+        labels: fix every class index, at every site.
+        aliases: a word of the data (class folder, CSV value, object name, grey value `"255"`, colour `"#ff0000"`) ->
+            the label it stands for. A site's own `client.toml` may say more.
+        headline: the metric that tables show and `federation.select = "best"` goes by; by default the task's own.
+    """
 
-    labels: tuple[str, ...]
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    labels: tuple[str, ...] = Field(min_length=1)
+    aliases: dict[str, str] = {}
+    headline: str | None = None
+
+    @model_validator(mode="after")
+    def _aliases_name_labels(self) -> TaskSettings:
+        for word, label in self.aliases.items():
+            if label not in self.labels:
+                raise ValueError(f"alias '{word}' stands for '{label}', which is not a label")
+        return self
 
 
 class Task(ABC):
-    """Turns outputs and targets into a loss and metric sums. Stateless.
+    """Loss and metrics of one kind of problem.
 
     Attributes:
-        unit: what one loss value belongs to. `sample`: `loss` returns (B,) and samples do not mix; `batch`: it returns
+        Settings: the pydantic model of its keys in `[task]`.
+        target: what a reader must give for every example.
+        unit: `sample`: `loss` returns one value per sample and samples do not mix; `batch`: it returns
             one value for the whole batch, which methods that need per-sample values refuse.
-        headline: the metric that tables show.
+        metrics: names of the metrics between 0 and 1, larger is better, that `values` has for every job, the
+            default headline first.
     """
 
     Settings: ClassVar[type[TaskSettings]] = TaskSettings
+    target: ClassVar[Target] = "class"
     unit: ClassVar[Literal["sample", "group", "batch"]] = "sample"
-    headline: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
     @property
+    def headline(self) -> str:
+        """The metric that tables show."""
+        return self.settings.headline or self.metrics[0]
+
+    @property
     @abstractmethod
     def outputs(self) -> int:
-        """Width of the model's last layer."""
+        """What the model is built for: classes, or numbers per example."""
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """The model's outputs for a batch: what `loss` and `sums` take."""
+        return model(batch.x)
 
     @abstractmethod
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """One value per sample, (B,)."""
 
     @abstractmethod
-    def sums(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Metric sums of one batch; those of several batches or sites are added."""
+    def sums(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """Metric sums of one batch, on the CPU; those of several batches or sites are added."""
 
+    @cached_property
     @abstractmethod
-    def no_sums(self) -> dict[str, Tensor]:
+    def zeros(self) -> dict[str, Tensor]:
         """Metric sums of no examples, on the CPU: the names, shapes and dtypes that all sums have."""
+
+    def no_sums(self) -> dict[str, Tensor]:
+        """The same; tensors must not be written to."""
+        return self.zeros
 
     @abstractmethod
     def values(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Metrics from added sums; equal to the metrics of the pooled predictions, NaN for none."""
+        """Metrics from added sums; equal to the metrics of the pooled predictions, NaN for none.
+
+        `loss` (mean per example) and `examples` are always there beside `metrics`.
+        """
+
+    def predict(self, outputs: Any, batch: Batch) -> Tensor:
+        """What the model says, in the form of the targets: here the class with the largest output, (B, ...) int64."""
+        found: Tensor = outputs.argmax(dim=1)
+        return found
+
+    @abstractmethod
+    def draw(self, shape: tuple[int, ...], count: int, source: torch.Generator) -> Batch:
+        """A random batch of this task's form, for measuring a model and for tests."""
 
 
 tasks: Registry[type[Task]] = Registry("task", "shared_models.tasks")
@@ -83,6 +164,15 @@ def make_task(job: Job) -> Task:
     """The job's task."""
     declared = tasks[job.task.name]
     return declared(declared.Settings(labels=job.task.labels, **job.task.keys))
+
+
+def require_headline(job: Job, where: str) -> None:
+    """Raise a ConfigError where `[task] headline` is no metric of the task."""
+    chosen, known = job.task.keys.get("headline"), tasks[job.task.name].metrics
+    if chosen is not None and chosen not in known:
+        raise ConfigError(
+            f"{where}: 'headline': task '{job.task.name}' has no metric '{chosen}'", hint=nearest(chosen, list(known))
+        )
 
 
 def add_sums(into: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:

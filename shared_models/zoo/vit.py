@@ -102,35 +102,59 @@ class Block(nn.Module):
         return out
 
 
-class VisionTransformer(nn.Module):
-    """Patches to tokens, a class token in front, positions added, blocks, and a linear head on the class token."""
+class Encoder(nn.Module):
+    """Patches to tokens, a class token in front, positions added, blocks: (B, C, H, W) -> (B, 1 + N, D).
 
-    def __init__(self, settings: ViTSettings, shape: Shape, outputs: int) -> None:
+    A model built on it calls `initialise` once it has all its modules.
+    """
+
+    def __init__(self, settings: ViTSettings, shape: Shape) -> None:
         super().__init__()
         channels, height, width = shape
         tokens = 1 + (height // settings.patch) * (width // settings.patch)
+        self.position_std = settings.position_std
         self.patches = nn.Conv2d(channels, settings.width, settings.patch, stride=settings.patch)
         self.class_token = nn.Embedding(1, settings.width)
         self.positions = nn.Embedding(tokens, settings.width)
         self.dropout = nn.Dropout(settings.dropout)
         self.blocks = nn.Sequential(*(Block(settings) for _ in range(settings.layers)))
         self.norm = nn.LayerNorm(settings.width, eps=1e-6)
+
+    def initialise(self) -> None:
+        """Start values of everything in it, from torch's global generator."""
+        self.apply(initialise)
+        nn.init.normal_(self.positions.weight, std=self.position_std)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The tokens before the last norm."""
+        x = self.patches(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        ids = torch.arange(1 + x.shape[1], device=x.device).expand(x.shape[0], -1)  # (B, 1 + N)
+        x = torch.cat([self.class_token(ids[:, :1]), x], dim=1)  # (B, 1 + N, D)
+        tokens: Tensor = self.blocks(self.dropout(x + self.positions(ids)))  # (B, 1 + N, D)
+        return tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The tokens after the last norm."""
+        tokens: Tensor = self.norm(self.tokens(x))
+        return tokens
+
+
+class VisionTransformer(Encoder):
+    """A linear head on the class token."""
+
+    def __init__(self, settings: ViTSettings, shape: Shape, outputs: int) -> None:
+        super().__init__(settings, shape)
         self.head = nn.Linear(settings.width, outputs)
-        self.apply(_initialise)
-        nn.init.normal_(self.positions.weight, std=settings.position_std)
+        self.initialise()
         nn.init.trunc_normal_(self.head.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, outputs) scores."""
-        x = self.patches(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        ids = torch.arange(1 + x.shape[1], device=x.device).expand(x.shape[0], -1)  # (B, 1 + N)
-        x = torch.cat([self.class_token(ids[:, :1]), x], dim=1)  # (B, 1 + N, D)
-        x = self.blocks(self.dropout(x + self.positions(ids)))  # (B, 1 + N, D)
-        scores: Tensor = self.head(self.norm(x[:, 0]))  # (B, outputs)
+        scores: Tensor = self.head(self.norm(self.tokens(x)[:, 0]))  # (B, outputs)
         return scores
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """Xavier uniform for the blocks (the paper's own code), truncated normals elsewhere, biases at zero."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -140,6 +164,34 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.get_parameter("bias"))
     elif isinstance(module, nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02)
+
+
+def require_patches(name: str, settings: ViTSettings, shape: Shape) -> None:
+    """Raise a ConfigError where the patch does not divide an image (C, H, W); it names the patches that do."""
+    _, height, width = shape
+    if height % settings.patch or width % settings.patch:
+        common = math.gcd(height, width)
+        fitting = ", ".join(str(p) for p in range(1, common + 1) if common % p == 0)
+        raise ConfigError(
+            f"model '{name}' cannot cut an image of {height}x{width} pixels into patches of side {settings.patch}",
+            hint=f"Set patch to one of {fitting}, or the image size to a multiple of {settings.patch}",
+        )
+
+
+# torchvision's keys -> ours; published files still call the layers of the MLP `linear_1` and `linear_2`.
+RENAMES = (
+    (r"^conv_proj\.", "patches."),
+    (r"^class_token$", "class_token.weight"),
+    (r"^encoder\.pos_embedding$", "positions.weight"),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"\.ln_(\d)\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attention.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attention.out."),
+    (r"\.mlp\.(0|linear_1)\.", ".hidden."),
+    (r"\.mlp\.(3|linear_2)\.", ".out."),
+    (r"^heads\.head\.", "head."),
+)
 
 
 @model(
@@ -153,6 +205,10 @@ def _initialise(module: nn.Module) -> None:
         "l16": {"layers": 24, "width": 1024, "mlp": 4096, "heads": 16, "patch": 16},
     },
     paper="Dosovitskiy et al. 2021, An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
+    tasks=("classification", "localization"),
+    renames=RENAMES,
+    family="classification",
+    usual={"tiny": (1, 8, 8)} | dict.fromkeys(("ti16", "s16", "b16", "l16"), (3, 224, 224)),
 )
 def build(settings: ViTSettings, shape: Shape, outputs: int) -> nn.Module:
     """(B, C, H, W) -> (B, outputs) scores.
@@ -160,12 +216,5 @@ def build(settings: ViTSettings, shape: Shape, outputs: int) -> nn.Module:
     Raises:
         ConfigError: the patch does not divide the image; names the patches that do.
     """
-    _, height, width = shape
-    if height % settings.patch or width % settings.patch:
-        common = math.gcd(height, width)
-        fitting = ", ".join(str(p) for p in range(1, common + 1) if common % p == 0)
-        raise ConfigError(
-            f"model 'vit' cannot cut an image of {height}x{width} pixels into patches of side {settings.patch}",
-            hint=f"Set patch to one of {fitting}, or the image size to a multiple of {settings.patch}",
-        )
+    require_patches("vit", settings, shape)
     return VisionTransformer(settings, shape, outputs)

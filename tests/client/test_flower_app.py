@@ -149,7 +149,7 @@ def _path_as_run(instruction: Instruction) -> RecordDict:
 
 def _other_version(instruction: Instruction) -> RecordDict:
     manifest, blob = encode_instruction(instruction)
-    return to_record(manifest.replace(b'"version":1', b'"version":99'), blob)
+    return to_record(manifest.replace(b'"version":2', b'"version":99'), blob)
 
 
 @pytest.mark.parametrize(
@@ -190,10 +190,10 @@ def test_data_are_read_once_per_preprocessing(node: Path, make_job: Callable[...
     first = data(make_job())
     assert data(make_job(train={"lr": 0.9})) is first
     other = data(make_job(data={"shape": [1, 4, 4]}))
-    assert other.train.store.images.shape == (30, 1, 4, 4)
+    assert other.train.store.x.shape == (30, 1, 4, 4)
     relabelled = data(make_job(task={"labels": [str(9 - c) for c in range(10)]}))
-    assert relabelled.train.labels.tolist() == list(range(10))
-    assert relabelled.train.store.images[0].unique().tolist() == [225]  # label "9" comes first
+    assert relabelled.train.y.tolist() == list(range(10))
+    assert relabelled.train.store.x[0].unique().tolist() == [225]  # label "9" comes first
     with pytest.raises(DataError, match="'0', which is not a label"):
         data(make_job(task={"labels": [str(c) for c in range(1, 11)]}))
-    assert data(make_job()).train.store.images.shape == (30, 1, 8, 8)
+    assert data(make_job()).train.store.x.shape == (30, 1, 8, 8)

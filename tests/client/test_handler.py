@@ -18,7 +18,7 @@ from client.handler import Handler
 from client.policy import Policy
 from client.readers.base import Examples, Splits
 from client.state import DiskState, MemoryState, State
-from client.trainer import EVALUATION_BATCH
+from client.trainer import in_order
 from client.workbench import Benches, Workbench
 from shared_models.errors import DataError
 from shared_models.job import Job
@@ -348,11 +348,13 @@ def test_a_gpu_node_answers_like_a_cpu_node(make_job: MakeJob, make_splits: Make
             torch.testing.assert_close(answers[1][group][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_examples_reach_the_end_of_a_task_in_order_and_in_bounded_batches(make_splits: MakeSplits) -> None:
-    examples: Examples = make_splits(1, count=EVALUATION_BATCH + 3).train
-    batches = list(client.handler._in_order(examples, CPU))
-    assert [len(b) for b in batches] == [EVALUATION_BATCH, 3]
-    assert torch.equal(torch.cat([b.y for b in batches]), examples.labels)
+def test_examples_reach_the_end_of_a_task_in_order_and_in_bounded_batches(
+    make_job: Callable[..., Job], make_splits: MakeSplits
+) -> None:
+    examples: Examples = make_splits(1, count=259).train
+    batches = list(in_order(examples, Workbench(make_job(), CPU)))
+    assert [len(b) for b in batches] == [256, 3]
+    assert torch.equal(torch.cat([b.y for b in batches]), examples.y)
 
 
 def test_only_the_log_says_why(make_job: MakeJob, make_splits: MakeSplits, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from client.readers.images import load_image
+from client.readers import images
+from client.readers.images import load_image, open_picture, placement, to_tensor, turn, turn_boxes
 from shared_models.errors import DataError
 from shared_models.job import DataPart
 
@@ -161,8 +162,69 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, write: C
     assert "Mend or remove the file" in str(caught.value)
 
 
-def test_a_decompression_bomb_is_refused_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = saved(tmp_path / "bomb.png", np.zeros((20, 20)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses above twice this
-    with pytest.raises(DataError, match=r"bomb\.png cannot be read: .*decompression bomb"):
+@pytest.mark.parametrize("side", [10_001, 60_000])  # Pillow itself refuses from 13,377 on
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_refused_unopened(tmp_path: Path, side: int) -> None:
+    """A header that promises so many pixels, and none of them."""
+    (tmp_path / "bomb.pgm").write_text(f"P5 {side} {side} 255\n")
+    with pytest.raises(DataError, match=r"bomb\.pgm cannot be read: .*(limit is 100 megapixels|decompression bomb)"):
+        load_image(tmp_path / "bomb.pgm", GREY)
+
+
+def test_the_limit_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = saved(tmp_path / "x.png", np.zeros((20, 5)))
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    load_image(file, GREY)
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    with pytest.raises(DataError, match="5x20 pixels"):
         load_image(file, GREY)
+
+
+def test_a_file_is_what_it_holds_and_no_program_is_started_for_it(tmp_path: Path) -> None:
+    """PostScript, for which Pillow would start Ghostscript, under the name of a PNG; a JPEG is read under any name."""
+    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\n%%EndComments\n")
+    with pytest.raises(DataError, match=r"x\.png cannot be read: cannot identify"):
+        load_image(tmp_path / "x.png", GREY)
+    saved(tmp_path / "photo.jpg", np.full((2, 2), 9)).rename(tmp_path / "photo.png")
+    assert load_image(tmp_path / "photo.png", GREY).tolist() == [[[9, 9], [9, 9]]]
+
+
+# ---- where an image lies in the job's frame --------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (7, 3), (16, 9), (64, 64), (100, 1), (1, 100), (33, 32)])
+@pytest.mark.parametrize("frame", [(32, 32), (17, 32), (32, 17)])
+def test_padding_is_pillows(size: tuple[int, int], frame: tuple[int, int]) -> None:
+    """ImageOps.pad as the oracle, bit for bit (it has no answer where a side would be rounded to nothing)."""
+    pixels = np.random.default_rng(0).integers(1, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    ours = to_tensor(image, DataPart(shape=(3, frame[1], frame[0]), resize="pad"))
+    if max(size) / min(size) < min(frame):
+        theirs = ImageOps.pad(image, frame, Image.Resampling.BILINEAR, color=0)
+        assert torch.equal(ours.permute(1, 2, 0), torch.from_numpy(np.array(theirs)))
+    left, top, width, height = placement(size, DataPart(shape=(3, frame[1], frame[0]), resize="pad"))
+    inside = torch.zeros(frame[1], frame[0], dtype=torch.bool)
+    inside[top : top + height, left : left + width] = True
+    assert ((ours > 0).all(0) == inside).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_turn_with_their_image(orientation: int) -> None:
+    """A white rectangle is found where its box says, before and after; Pillow's exif_transpose as the oracle."""
+    pixels = np.zeros((4, 8), np.uint8)
+    pixels[1:3, 1:4] = 255
+    image = Image.fromarray(pixels)
+    box = turn_boxes(torch.tensor([[1 / 8, 1 / 4, 4 / 8, 3 / 4]]), orientation)[0]
+    exif = image.getexif()
+    exif[274] = orientation
+    for upright in (turn(image, orientation), ImageOps.exif_transpose(image)):
+        rows, columns = np.nonzero(np.asarray(upright))
+        width, height = upright.size
+        found = [columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height]
+        assert box.tolist() == found
+
+
+def test_an_orientation_that_exif_does_not_know_turns_nothing(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 9
+    file = saved(tmp_path / "odd.png", [[1, 2], [3, 4]], exif=exif)
+    assert load_image(file, GREY).tolist() == [[[1, 2], [3, 4]]]
+    assert open_picture(file).orientation == 1

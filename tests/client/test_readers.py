@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import client.readers
 from client.readers import check
-from client.readers.base import PARTS, Examples, Store, part_of, readers, split
-from shared_models.errors import DataError, UnknownNameError
+from client.readers.base import PARTS, Examples, Store, Wanted, part_of, readers, split
+from shared_models.errors import ConfigError, DataError, UnknownNameError
 from shared_models.job import DataPart, Job, SimulationPart
 from simulations.demo import write_hospitals
 from simulations.partition import SitePopulation, make_partition
@@ -32,8 +33,8 @@ def put(folder: Path, *names: str, value: int = 0) -> None:
         Image.new("L", (2, 2), value).save(folder / name)
 
 
-def read(root: Path, labels: Iterable[str] = LABELS, **mapping: str) -> Store:
-    return readers["imagefolder"]().read(root, DATA, tuple(labels), mapping)
+def read(root: Path, labels: Iterable[str] = LABELS, skip_bad: int = 0, **aliases: str) -> Store:
+    return client.readers.read("imagefolder", root, Wanted(DATA, tuple(labels), aliases=aliases, skip_bad=skip_bad))
 
 
 # ---- image folders ---------------------------------------------------------------------------------------------------
@@ -46,8 +47,8 @@ def test_classes_are_numbered_by_the_job_not_by_the_folders(tmp_path: Path) -> N
     labels = ("owl", "cat", "dog")  # not sorted
     for site, expected in {"a": [0, 0, 1, 1, 2, 2], "b": [0, 0, 2, 2], "c": [0, 0]}.items():
         store = read(tmp_path / site, labels)
-        assert store.labels.tolist() == expected
-        assert [grey[labels[i]] for i in expected] == store.images[:, 0, 0, 0].tolist()
+        assert store.y.tolist() == expected
+        assert [grey[labels[i]] for i in expected] == store.x[:, 0, 0, 0].tolist()
 
 
 def test_the_owners_parts_are_kept(tmp_path: Path) -> None:
@@ -59,8 +60,8 @@ def test_the_owners_parts_are_kept(tmp_path: Path) -> None:
     parts = split(store)
     for value, part in enumerate(PARTS, start=1):
         examples: Examples = getattr(parts, part)
-        assert examples.labels.tolist() == [0, 1, 1]
-        assert store.images[examples.rows, 0, 0, 0].tolist() == [10 * value, value, value]
+        assert examples.y.tolist() == [0, 1, 1]
+        assert store.x[examples.rows, 0, 0, 0].tolist() == [10 * value, value, value]
 
 
 def test_names_tell_every_example_of_a_store_apart(tmp_path: Path) -> None:
@@ -77,8 +78,8 @@ def test_local_names_are_mapped_to_the_jobs(tmp_path: Path) -> None:
     put(tmp_path / "Hund", "1.png", value=7)
     put(tmp_path / "cat", "1.png", value=8)
     store = read(tmp_path, Hund="dog")
-    assert store.labels.tolist() == [0, 1]
-    assert store.images[:, 0, 0, 0].tolist() == [8, 7]
+    assert store.y.tolist() == [0, 1]
+    assert store.x[:, 0, 0, 0].tolist() == [8, 7]
     with pytest.raises(DataError, match="stands for 'wolf', which is not a label"):
         read(tmp_path, Hund="wolf")
 
@@ -102,7 +103,7 @@ def test_what_is_hidden_or_no_image_is_passed_over(tmp_path: Path) -> None:
 def test_an_empty_class_folder_is_no_error(tmp_path: Path) -> None:
     put(tmp_path / "cat", "1.png")
     (tmp_path / "dog").mkdir()
-    assert read(tmp_path).labels.tolist() == [0]
+    assert read(tmp_path).y.tolist() == [0]
 
 
 def test_names_beyond_ascii(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_names_beyond_ascii(tmp_path: Path) -> None:
 def test_one_word_in_two_unicode_spellings(tmp_path: Path, job: str, disk: str) -> None:
     """A Mac writes é as two code points; the job's author may not have."""
     put(tmp_path / unicodedata.normalize(disk, "Mélanome"), "1.png")
-    assert read(tmp_path, [unicodedata.normalize(job, "Mélanome")]).labels.tolist() == [0]
+    assert read(tmp_path, [unicodedata.normalize(job, "Mélanome")]).y.tolist() == [0]
 
 
 def _nothing(root: Path) -> None:
@@ -180,44 +181,48 @@ def test_an_unreadable_image_stops_the_reading(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-# ---- the check before any job ----------------------------------------------------------------------------------------
-def test_check_counts_and_lists_every_unreadable_file(tmp_path: Path) -> None:
-    for part in PARTS:
-        put(tmp_path / part / "cat", "1.png", "2.png")
-        put(tmp_path / part / "dog", "1.png")
-    (tmp_path / "train" / "cat" / "2.png").write_bytes(b"")
-    (tmp_path / "test" / "dog" / "1.png").write_text("text")
-    found = check(tmp_path, "imagefolder")
-    assert found["images"] == 9
-    assert found["classes"] == {part: {"cat": 2, "dog": 1} for part in PARTS}
-    assert len(found["unreadable"]) == 2
-    assert "train/cat/2.png" in found["unreadable"][0]
-    assert "test/dog/1.png" in found["unreadable"][1]
+def test_a_few_unreadable_images_may_be_passed_over(tmp_path: Path) -> None:
+    for label, value in {"cat": 1, "dog": 2}.items():
+        put(tmp_path / label, "1.png", "2.png", "3.png", value=value)
+    (tmp_path / "cat" / "1.png").write_bytes(b"")
+    (tmp_path / "dog" / "3.png").write_text("no image")
+    store = read(tmp_path, skip_bad=2)
+    assert list(store.names) == ["cat/2.png", "cat/3.png", "dog/1.png", "dog/2.png"]
+    assert store.y.tolist() == [0, 0, 1, 1]
+    assert store.x[:, 0, 0, 0].tolist() == [1, 1, 2, 2]
+    assert [line.split(" cannot")[0] for line in store.skipped] == [
+        f"image {tmp_path}/cat/1.png",
+        f"image {tmp_path}/dog/3.png",
+    ]
+    with pytest.raises(DataError, match=r"2 files or rows cannot be used and 1 may be skipped; the last: .*dog/3\.png"):
+        read(tmp_path, skip_bad=1)
 
 
-def test_check_without_parts(tmp_path: Path) -> None:
+def test_other_words_for_the_validation_part(tmp_path: Path) -> None:
+    for value, part in enumerate(("train", "val", "test")):
+        put(tmp_path / "a" / part / "cat", "1.png", value=value)
+    store = read(tmp_path / "a")
+    assert (list(store.parts), store.x[:, 0, 0, 0].tolist()) == (["train", "validation", "test"], [0, 1, 2])
+    put(tmp_path / "a" / "valid" / "cat", "1.png")
+    with pytest.raises(DataError, match="has both val and valid"):
+        read(tmp_path / "a")
+
+
+def test_links_out_of_the_folder_are_the_owners_wish(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere", "1.png", value=3)
+    put(tmp_path / "site" / "dog", "1.png", value=4)
+    (tmp_path / "site" / "cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "site" / "dog" / "2.png").symlink_to(tmp_path / "elsewhere" / "1.png")
+    store = read(tmp_path / "site")
+    assert (list(store.names), store.x[:, 0, 0, 0].tolist()) == (["cat/1.png", "dog/1.png", "dog/2.png"], [3, 4, 3])
+
+
+def test_a_message_is_one_printable_line_whatever_the_file_is_called(tmp_path: Path) -> None:
     put(tmp_path / "cat", "1.png")
-    assert check(tmp_path, "imagefolder") == {"images": 1, "classes": {"all": {"cat": 1}}, "unreadable": []}
-    with pytest.raises(DataError, match="does not exist"):
-        check(tmp_path / "x", "imagefolder")
-    with pytest.raises(UnknownNameError, match="did you mean 'imagefolder'"):
-        check(tmp_path, "imagefoldr")
-
-
-# ---- parts by name ---------------------------------------------------------------------------------------------------
-def _store(names: list[str]) -> Store:
-    count = len(names)
-    return Store(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64), names, DATA)
-
-
-def test_sixty_twenty_twenty() -> None:
-    """Binomial: 10,000 names, 4.9 standard deviations (24 of 6000, 20 of 2000) either side."""
-    counts = dict.fromkeys(PARTS, 0)
-    for i in range(10_000):
-        counts[part_of(f"image-{i}.png")] += 1
-    assert counts["train"] == pytest.approx(10_000 * 154 / 256, abs=240)
-    assert counts["validation"] == pytest.approx(10_000 * 51 / 256, abs=200)
-    assert counts["test"] == pytest.approx(10_000 * 51 / 256, abs=200)
+    (tmp_path / "cat" / os.fsdecode(b"a\nb\xe9.png")).write_bytes(b"")
+    with pytest.raises(DataError, match=r"cat/a\\nb\\udce9\.png cannot be read") as caught:
+        read(tmp_path)
+    assert str(caught.value).isprintable()
 
 
 def test_added_samples_move_no_old_one(tmp_path: Path) -> None:
@@ -237,65 +242,88 @@ def test_added_samples_move_no_old_one(tmp_path: Path) -> None:
     assert {p: names & old for p, names in after.items()} == before
 
 
-def test_the_parts_of_known_names() -> None:
-    """First byte of SHA-256: below 153.6 train, below 204.8 validation, else test. Pinned for ever."""
-    assert [part_of(f"cat/{i}.png") for i in range(6)] == ["train", "train", "train", "train", "test", "train"]
+# ---- the one way in --------------------------------------------------------------------------------------------------
+def test_a_reader_that_cannot_give_what_the_task_wants(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reader 'imagefolder' gives classes, the task wants masks\. .*them: masks$"):
+        client.readers.read("imagefolder", tmp_path, Wanted(DATA, LABELS, "mask"))
+    with pytest.raises(ConfigError, match=r"'masks' gives masks, the task wants boxes\. .*them: coco, csv, voc, yolo$"):
+        client.readers.read("masks", tmp_path, Wanted(DATA, LABELS, "boxes"))
+    with pytest.raises(ConfigError, match=r"'voc' gives boxes or one box an image, the task wants classes"):
+        client.readers.read("voc", tmp_path, Wanted(DATA, LABELS, "class"))
+    with pytest.raises(UnknownNameError, match=r"unknown reader 'vox'; did you mean 'voc'\?|vox.*did you mean 'voc'"):
+        client.readers.read("vox", tmp_path, Wanted(DATA, LABELS))
 
 
-def test_an_empty_part_is_an_error() -> None:
-    lonely = next(f"{i}" for i in range(99) if part_of(f"{i}") == "train")
-    with pytest.raises(DataError, match="no example for the validation part among 1"):
-        split(_store([lonely]))
+@pytest.mark.parametrize("name", [name for name in readers if readers[name].needs_root])
+def test_data_that_are_not_there(tmp_path: Path, name: str) -> None:
+    wanted = Wanted(DATA, LABELS, readers[name].targets[0])
+    for act in (lambda: client.readers.read(name, tmp_path / "x", wanted), lambda: check(tmp_path / "x", name)):
+        with pytest.raises(DataError, match=r"/x does not exist"):
+            act()
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
-def test_normalisation_is_the_documented_formula() -> None:
-    """All 256 byte values, per channel, against float64."""
-    data = DataPart(shape=(3, 1, 256), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    images = torch.arange(256, dtype=torch.uint8).repeat(2, 3, 1, 1)
-    store = Store(images, torch.tensor([4, 2]), ["a", "b"], data)
-    batch = Examples(store, torch.tensor([1, 0])).batch(torch.tensor([1, 0]))
-    assert batch.x.dtype == torch.float32
-    assert batch.y.tolist() == [4, 2]
-    mean, std = np.reshape(data.mean, (3, 1, 1)), np.reshape(data.std, (3, 1, 1))
-    exact = (np.arange(256.0).reshape(1, 1, 256) / 255 - mean) / std
-    assert np.abs(batch.x[0].numpy() - exact).max() < 1e-6
-    assert images.max() == 255  # the stored bytes are untouched
+@pytest.mark.parametrize("name", [name for name in readers if readers[name].needs_root])
+def test_a_folder_of_something_else_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "letter.txt").write_text("Dear colleague")
+    with pytest.raises(DataError) as caught:
+        client.readers.read(name, tmp_path, Wanted(DATA, LABELS, readers[name].targets[0]))
+    assert str(tmp_path) in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
-def test_one_mean_serves_all_channels() -> None:
-    store = Store(torch.tensor([0, 255], dtype=torch.uint8).reshape(1, 1, 1, 2).repeat(1, 3, 1, 1), torch.tensor([0]),
-                  ["a"], DataPart(shape=(3, 1, 2)))  # fmt: skip
-    assert Examples(store, torch.tensor([0])).batch(torch.tensor([0])).x.tolist() == [[[[-1.0, 1.0]]] * 3]
+def test_images_are_not_read_as_features(tmp_path: Path) -> None:
+    put(tmp_path / "cat", "1.png")
+    features = DataPart(shape=(2,), features=("age", "sex"))
+    with pytest.raises(ConfigError, match=r"shape = \[2\] is that of a table"):
+        client.readers.read("imagefolder", tmp_path, Wanted(features, LABELS))
 
 
-def test_one_task_of_a_stream_keeps_the_order() -> None:
-    store = Store(torch.zeros(6, 1, 2, 2, dtype=torch.uint8), torch.tensor([2, 0, 1, 2, 0, 1]), list("abcdef"), DATA)
-    examples = Examples(store, torch.tensor([5, 4, 3, 2, 1, 0]))
-    assert examples.of_classes([0, 2]).rows.tolist() == [4, 3, 1, 0]
-    assert examples.of_classes([0, 2]).labels.tolist() == [0, 2, 0, 2]
-    assert len(examples.of_classes([3])) == 0
-    assert (examples.nbytes, examples.of_classes([3]).nbytes) == (24, 0)
+# ---- the check before any job ----------------------------------------------------------------------------------------
+def test_check_counts_and_lists_every_unreadable_file(tmp_path: Path) -> None:
+    for part in PARTS:
+        put(tmp_path / part / "cat", "1.png", "2.png")
+        put(tmp_path / part / "dog", "1.png")
+    (tmp_path / "train" / "cat" / "2.png").write_bytes(b"")
+    (tmp_path / "test" / "dog" / "1.png").write_text("text")
+    found = check(tmp_path, "imagefolder")
+    assert found["images"] == 7
+    assert found["classes"] == {
+        "train": {"cat": 1, "dog": 1},
+        "validation": {"cat": 2, "dog": 1},
+        "test": {"cat": 2, "dog": 0},
+    }
+    assert len(found["unreadable"]) == 2
+    assert "train/cat/2.png" in found["unreadable"][0]
+    assert "test/dog/1.png" in found["unreadable"][1]
+
+
+def test_check_without_parts(tmp_path: Path) -> None:
+    put(tmp_path / "cat", "1.png")
+    assert check(tmp_path, "imagefolder") == {"images": 1, "classes": {"all": {"cat": 1}}, "unreadable": []}
+    with pytest.raises(DataError, match="does not exist"):
+        check(tmp_path / "x", "imagefolder")
+    with pytest.raises(UnknownNameError, match="did you mean 'imagefolder'"):
+        check(tmp_path, "imagefoldr")
 
 
 # ---- digits ----------------------------------------------------------------------------------------------------------
 def test_digits_are_scikit_learns(make_job: Callable[..., Job]) -> None:
     job = make_job()
-    store = readers["digits"]().read(Path(), job.data, job.task.labels, {})
+    store = readers["digits"]().read(Path(), Wanted.by(job))
     bunch = load_digits()
     order = [int(name.removesuffix(".png")) for name in store.names]
     assert sorted(order) == list(range(1797))
-    assert store.labels.tolist() == bunch.target[order].tolist() == sorted(bunch.target)
-    assert torch.equal(store.images[:, 0], torch.from_numpy(np.rint(bunch.images[order] * 255 / 16)).to(torch.uint8))
+    assert store.y.tolist() == bunch.target[order].tolist() == sorted(bunch.target)
+    assert torch.equal(store.x[:, 0], torch.from_numpy(np.rint(bunch.images[order] * 255 / 16)).to(torch.uint8))
 
 
 def test_digits_under_the_jobs_own_names() -> None:
     words = ["nine", "eight", "seven", "six", "five", "four", "three", "two", "one", "zero"]
     mapping = {str(d): words[9 - d] for d in range(10)}
-    store = readers["digits"]().read(Path(), DataPart(shape=(1, 8, 8)), words, mapping)
-    assert torch.bincount(store.labels).tolist() == np.bincount(load_digits().target)[::-1].tolist()
-    with pytest.raises(DataError, match="digit '0' is not a label"):
-        readers["digits"]().read(Path(), DataPart(shape=(1, 8, 8)), words, {})
+    store = readers["digits"]().read(Path(), Wanted(DataPart(shape=(1, 8, 8)), tuple(words), aliases=mapping))
+    assert torch.bincount(store.y).tolist() == np.bincount(load_digits().target)[::-1].tolist()
+    with pytest.raises(DataError, match="digit 0 stands for '0', which is not a label"):
+        readers["digits"]().read(Path(), Wanted(DataPart(shape=(1, 8, 8)), tuple(words)))
 
 
 def test_digits_are_counted_by_check(tmp_path: Path) -> None:
@@ -307,7 +335,7 @@ def test_digits_are_counted_by_check(tmp_path: Path) -> None:
 def test_digits_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r"fedzoo\[simulations\]"):
-        readers["digits"]().read(tmp_path, DATA, [str(d) for d in range(10)], {})
+        readers["digits"]().read(tmp_path, Wanted(DATA, tuple(map(str, range(10)))))
     with pytest.raises(DataError, match=r"fedzoo\[simulations\]"):
         check(tmp_path, "digits")
 
@@ -315,16 +343,16 @@ def test_digits_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_hospitals_folder_is_its_simulated_site_bit_for_bit(tmp_path: Path, make_job: Callable[..., Job]) -> None:
     """Pool -> partition -> PNG folders -> reader: the same bytes and labels in the same order, part by part."""
     job = make_job()
-    pool = readers["digits"]().read(Path(), job.data, job.task.labels, {})
+    pool = readers["digits"]().read(Path(), Wanted.by(job))
     part = SimulationPart(partition="dirichlet", alpha=0.3, sites=3, seed=0)
     sites = SitePopulation(pool, make_partition(pool, part))
     counts = write_hospitals(sites, tmp_path)
     assert sum(counts.values()) == 1797
     for site in sites.names:
         simulated = sites.splits(site)
-        on_disk = split(readers["imagefolder"]().read(tmp_path / site, job.data, job.task.labels, {}))
+        on_disk = split(readers["imagefolder"]().read(tmp_path / site, Wanted.by(job)))
         for name in PARTS:
             ours, theirs = getattr(simulated, name), getattr(on_disk, name)
             rows = torch.arange(len(ours))
             assert torch.equal(ours.batch(rows).x, theirs.batch(rows).x)
-            assert torch.equal(ours.labels, theirs.labels)
+            assert torch.equal(ours.y, theirs.y)

@@ -59,10 +59,10 @@ def test_equals_a_plain_loop(
     by_hand = copy.deepcopy(bench.model)
     instruction = Instruction("train", "r", "site-x", job, "", round=1, rounds=2, budget=Budget(epochs=2))
     progress = train(bench, data, instruction, [{}, {}])
-    x = (data.store.images[data.rows].float() - 127.5) / 127.5
+    x = (data.store.x[data.rows].float() - 127.5) / 127.5
     part = job.train
     expected = plain_loop(
-        by_hand, x, data.labels, part.optimizer, part.lr, part.momentum, part.weight_decay, 8, 2, 5, "site-x", 1
+        by_hand, x, data.y, part.optimizer, part.lr, part.momentum, part.weight_decay, 8, 2, 5, "site-x", 1
     )
     assert (progress.steps, progress.samples) == (6, 42)
     assert progress.lr_sum == pytest.approx(6 * part.lr)

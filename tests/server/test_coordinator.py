@@ -190,7 +190,9 @@ def test_totals_by_hand(make_job: Maker, sites: dict[str, Splits]) -> None:
     assert totals.sequential_steps == 2 * math.ceil(28 / 8)
     assert totals.optimizer_resets == 10
     size = sum(t.numel() * 4 for t in coordinator.state["model"].values())
-    assert totals.bytes_up == totals.bytes_down == 2 * 5 * size
+    metrics = sum(t.numel() * 8 for t in coordinator.task.zeros.values())
+    assert totals.bytes_down == 2 * 5 * size
+    assert totals.bytes_up == 2 * 5 * (size + metrics)
     assert next(e for e in heard if e["event"] == "round")["examples"] == counts
 
 
@@ -228,9 +230,9 @@ def test_best_round_is_chosen_on_validation_only(make_job: Maker, sites: dict[st
 
     def other_test(splits: Splits) -> Splits:
         rows = splits.test.rows
-        labels = splits.test.store.labels.clone()
+        labels = splits.test.store.y.clone()
         labels[rows] = (labels[rows] + 1) % 10
-        store = replace(splits.test.store, labels=labels)
+        store = replace(splits.test.store, y=labels)
         return Splits(*(Examples(store, getattr(splits, part).rows) for part in ("train", "validation", "test")))
 
     again, measured = chosen({name: other_test(splits) for name, splits in sites.items()})

@@ -15,6 +15,7 @@ from shared_models.errors import Rejected
 from shared_models.job import Job
 from shared_models.messages import Contribution, Instruction, Part
 from shared_models.sums import Groups
+from shared_models.tasks.base import make_task
 
 MakeJob = Callable[..., Job]
 NAN, INF = float("nan"), float("inf")
@@ -39,10 +40,9 @@ def good(asked: Instruction) -> Contribution:
         "model": {"w": asked.groups["model"]["w"] + torch.tensor([[3.0, 0.0], [0.0, 4.0]]), "b": torch.tensor(12.0)},
         "control": {"w": torch.full((2, 2), 100.0)},
     }
-    sums = {
-        "validation/0/confusion": torch.eye(3, dtype=torch.int64),
-        "validation/0/loss": torch.tensor(1.5, dtype=torch.float64),
-    }
+    sums = {f"validation/0/{name}": zero.clone() for name, zero in make_task(asked.job).zeros.items()}
+    sums["validation/0/confusion"] = torch.eye(3, dtype=torch.int64)
+    sums["validation/0/loss"] = torch.tensor(1.5, dtype=torch.float64)
     return Contribution("train", "run-1", "site-a", 1, 3, examples=5, samples=10, steps=2, metrics=sums, groups=up)
 
 

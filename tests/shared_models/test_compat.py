@@ -17,6 +17,8 @@ MakeJob = Callable[..., Job]
 Parts = dict[str, Any]
 
 SCAFFOLD: Parts = {"method": {"name": "scaffold"}}
+SEGMENTATION: Parts = {"model": {"name": "unet"}, "task": {"name": "segmentation", "labels": ["a", "b"]}}
+FEATURES: Parts = {"data": {"shape": [2], "features": ["age", "sex=1"]}}
 CASES: list[tuple[str, Parts, Parts]] = [
     (
         "'finetune' is a continual method: it goes into [continual], not [method]",
@@ -72,6 +74,31 @@ CASES: list[tuple[str, Parts, Parts]] = [
         "[share] personal belongs to a federation; with place = 'centralized'",
         {"place": "centralized", "share": {"personal": ["head.*"]}},
         {"place": "federated", "share": {"personal": ["head.*"]}},
+    ),
+    (
+        "a stream cuts the labels into tasks, and an example of the task 'segmentation' has no single label",
+        {"time": "continual", "stream": {"tasks": 2}, **SEGMENTATION},
+        {"time": "offline", **SEGMENTATION},
+    ),
+    (
+        "simulation.partition = 'dirichlet' shares out each class, and an example of the task 'segmentation'",
+        {"simulation": {"partition": "dirichlet"}, **SEGMENTATION},
+        {"simulation": {"partition": "blocks"}, **SEGMENTATION},
+    ),
+    (
+        "[augment] changes images, and data.shape = (2,) is a row of features",
+        {"augment": {"flip": True}, **FEATURES},
+        {"augment": {"flip": False}, **FEATURES},
+    ),
+    (
+        "augment.quarter_turns turns square images, and data.shape = (1, 8, 6) is not square",
+        {"augment": {"quarter_turns": True}, "data": {"shape": [1, 8, 6]}},
+        {"augment": {"quarter_turns": True}, "data": {"shape": [1, 8, 8]}},
+    ),
+    (
+        "scaffold recovers the gradient from the distance moved, which train.clip = 1.0 changes",
+        {**SCAFFOLD, "train": {"clip": 1.0}},
+        {"train": {"clip": 1.0}},
     ),
     (
         "isolated sites never aggregate, so method 'scaffold' would do nothing there",

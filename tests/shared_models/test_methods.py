@@ -162,6 +162,40 @@ def test_fedprox_gradient_by_hand() -> None:
     assert float(grads["personal"]) == 7.0
 
 
+@pytest.mark.parametrize(
+    ("name", "second"),
+    [
+        ("fedadam", [0.8 * 0.01 + 0.2 * 0.25, 0.8 * (0.8 * 0.01 + 0.2 * 0.25) + 0.2 * 0.04]),
+        ("fedadagrad", [0.01 + 0.25, 0.01 + 0.25 + 0.04]),
+        ("fedyogi", [0.01 + 0.2 * 0.25, 0.01 + 0.2 * 0.25 - 0.2 * 0.04]),
+    ],
+)
+def test_adaptive_methods_by_hand(name: str, second: list[float]) -> None:
+    """Two rounds from w = 1 with mean updates 0.5 and -0.2: tau 0.1, eta 0.3, b1 0.5, b2 0.8."""
+    method = make(name, tau=0.1, server_lr=0.3, beta1=0.5, beta2=0.8)
+    state = method.init({"w": torch.tensor([1.0]), "running": torch.tensor([1.0])}, ["w"])
+    w, m = 1.0, 0.0
+    for change, v in zip((0.5, -0.2), second, strict=True):
+        mean = {"model": {"w": torch.tensor([w + change]), "running": torch.tensor([7.0 + change])}}
+        state = method.finish(state, mean, 2, 2)
+        m = 0.5 * m + 0.5 * change
+        w += 0.3 * m / (v**0.5 + 0.1)
+        assert float(state["model"]["w"]) == pytest.approx(w, rel=1e-6)
+        assert float(state["model"]["running"]) == pytest.approx(7.0 + change), "a running statistic is averaged"
+        assert method.down(state).keys() == {"model"}, "the moments stay on the server"
+
+
+@pytest.mark.parametrize("name", ["fedadam", "fedadagrad", "fedyogi"])
+def test_a_large_tau_makes_adaptive_methods_plain_averaging(name: str) -> None:
+    method, w = make(name, tau=1e4, server_lr=1e4, beta1=0.0), torch.tensor([0.3, -0.7])
+    state = method.init({"w": torch.zeros(2)}, ["w"])
+    if name == "fedadagrad":
+        assert make(name).settings.beta1 == 0, "as in the paper"
+    start = 0.99**0.5 if name == "fedadam" else 1.0  # what one round leaves of sqrt(v) / tau
+    moved = method.finish(state, {"model": {"w": w}}, 1, 1)["model"]["w"]
+    torch.testing.assert_close(moved, w / (start + 1), atol=1e-5, rtol=0)
+
+
 def test_pieces_work_under_vmap() -> None:
     """Client halves are pure functions of tensors: two stacked clients give what each gives alone."""
     for name in ("fedprox", "scaffold"):

@@ -7,6 +7,8 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from shared_models.errors import ConfigError, FingerprintError
 from shared_models.job import Job
-from shared_models.spec import build_model, describe, digest, first_difference, require_same
+from shared_models.models import models
+from shared_models.spec import build_model, describe, digest, first_difference, frozen_modules, require_same
 
 MakeJob = Callable[..., Job]
 
@@ -122,6 +125,144 @@ def test_a_pattern_that_takes_half_of_a_tie_is_an_error(make_job: MakeJob, share
         describe(Everything(), make_job(share={share: [pattern]}))
     both = describe(Everything(), make_job(share={share: ["head.*", "embed.*"]}))
     assert both.sent == ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
+
+
+def test_head_stands_for_the_models_head(make_job: MakeJob) -> None:
+    _, spec = build_model(make_job(share={"personal": ["@head"]}))
+    assert spec.personal == ("head.weight", "head.bias")
+    assert spec.sent == ("hidden1.weight", "hidden1.bias")
+    model, spec = build_model(make_job(share={"base": ["!@head"]}))
+    assert spec.trained == spec.sent == ("head.weight", "head.bias")
+    assert {e.key for e in spec.entries if e.digest} == {"hidden1.weight", "hidden1.bias"}
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+    assert spec.fingerprint == build_model(make_job(share={"base": ["hidden*"]}))[1].fingerprint
+
+
+def test_a_head_of_several_patterns(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = replace(models["mlp"], heads=("head.weight", "norm.*"))
+    monkeypatch.setitem(models._things, "mlp", two)
+    untied = Everything()
+    untied.head = nn.Linear(3, 3)
+    parts = {"head.weight", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"}
+    assert set(describe(untied, make_job(share={"personal": ["@head"]})).personal) == parts
+    assert set(describe(untied, make_job(share={"personal": ["!@head"]})).sent) == parts
+
+
+@pytest.mark.parametrize(
+    ("pattern", "heads", "named", "hint"),
+    [
+        ("@head", ("cls.*", "box.*"), "@head", "; @head is cls.*, box.*"),
+        ("!@head", ("cls.*",), "@head", "; @head is cls.*"),
+        ("@head", (), "@head", "; @head is nothing: the model has no head"),
+        ("@heads", ("head.*",), "@heads", "; @head is head.*"),
+        ("!cls.*", ("head.*",), "cls.*", ""),
+        ("!*", ("head.*",), "!*", ""),
+    ],
+)
+def test_a_pattern_behind_a_sign_that_matches_nothing_is_an_error(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, pattern: str, heads: tuple[str, ...], named: str, hint: str
+) -> None:
+    monkeypatch.setitem(models._things, "mlp", replace(models["mlp"], heads=heads))
+    with pytest.raises(ConfigError) as error:
+        build_model(make_job(share={"base": [pattern]}))
+    assert str(error.value) == (
+        f"[share] pattern '{named}' matches no entry of model 'mlp'. "
+        f"Its entries are hidden1.weight, hidden1.bias, head.weight, head.bias, ...{hint}"
+    )
+
+
+def test_a_tied_head_cannot_be_taken_alone(make_job: MakeJob) -> None:
+    for share, kinds in ({"base": ["!@head"]}, "averaged base"), ({"personal": ["@head"]}, "personal averaged"):
+        head, body = kinds.split()
+        with pytest.raises(ConfigError) as error:
+            describe(Everything(), make_job(share=share))
+        assert f"'head.weight' {head} and 'embed.weight' {body}, but they are one tensor" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "frozen"), [((), False), (("norm.running_*",), True), (("norm.*",), True), (("norm.weight",), False)]
+)
+def test_base_statistics_do_not_move_in_training(make_job: MakeJob, patterns: tuple[str, ...], frozen: bool) -> None:
+    model = Everything()
+    spec = describe(model, make_job(share={"base": patterns}))
+    assert frozen_modules(model, spec) == ([model.norm] if frozen else [])
+    model.train()
+    for module in frozen_modules(model, spec):
+        module.eval()
+    before = copy.deepcopy(model.norm.state_dict())
+    model.head(model.norm(model.embed(torch.randn(8, 3)))).sum().backward()
+    moved = {name for name, value in model.norm.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == (set() if frozen else {"running_mean", "running_var", "num_batches_tracked"})
+    assert (model.norm.weight.grad is None) == ("norm.weight" in patterns or "norm.*" in patterns)
+
+
+def test_a_norm_layer_at_the_top_or_of_two_names_is_frozen_once(make_job: MakeJob) -> None:
+    top = nn.BatchNorm1d(2)
+    assert frozen_modules(top, describe(top, make_job(share={"base": ["running_*"]}))) == [top]
+    twice = nn.ModuleDict({"a": top, "b": top, "head": nn.Linear(2, 2)})
+    assert frozen_modules(twice, describe(twice, make_job(share={"base": ["[ab].*"]}))) == [top]
+    assert frozen_modules(twice, describe(twice, make_job(share={"personal": ["[ab].*"]}))) == []
+
+
+@pytest.fixture
+def weights(make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """`[weights]` of a file in $FEDZOO_WEIGHTS that holds an mlp of another seed."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.setenv("FEDZOO_WEIGHTS", str(folder))
+    torch.save(build_model(make_job(seed=7))[0].state_dict(), folder / "mlp.pth")
+    return {"file": "mlp.pth"}
+
+
+def without_the_file(tmp_path: Path) -> None:
+    (tmp_path / "weights" / "mlp.pth").unlink()
+
+
+def test_a_model_starts_from_its_weights(make_job: MakeJob, weights: dict[str, Any]) -> None:
+    expected = build_model(make_job(seed=7))[0].state_dict()
+    model, spec = build_model(make_job(weights=weights))
+    assert all(torch.equal(v, expected[n]) for n, v in model.state_dict().items())
+    assert spec.match is not None
+    assert spec.match.loaded == tuple(expected)
+    plain = build_model(make_job())[1]
+    assert plain.match is None
+    assert spec == plain  # what was loaded is no part of it: every entry is sent
+    assert spec.fingerprint == plain.fingerprint
+
+
+def test_whoever_receives_every_entry_needs_no_file(make_job: MakeJob, weights: dict[str, Any], tmp_path: Path) -> None:
+    job = make_job(weights=weights)
+    ours = build_model(job)[1]
+    assert build_model(job, receives=True)[1].match == ours.match  # where it is there, it is looked at
+    without_the_file(tmp_path)
+    there = build_model(job, receives=True)[1]
+    assert there.match is None
+    assert there.fingerprint == ours.fingerprint
+    with pytest.raises(ConfigError, match=r"there is no weights file 'mlp\.pth'"):
+        build_model(job)
+
+
+@pytest.mark.parametrize("share", [{"base": ["!@head"]}, {"personal": ["@head"]}])
+def test_whoever_keeps_entries_needs_the_very_file(
+    make_job: MakeJob, weights: dict[str, Any], tmp_path: Path, share: dict[str, Any]
+) -> None:
+    job = make_job(weights=weights, share=share)
+    ours = build_model(job, receives=True)[1]
+    content = (tmp_path / "weights" / "mlp.pth").read_bytes()
+    assert ours.document["weights"] == hashlib.sha256(content).hexdigest()
+    torch.save(build_model(make_job(seed=8))[0].state_dict(), tmp_path / "weights" / "mlp.pth")
+    other = build_model(job, receives=True)[1]
+    found = first_difference(ours.document, other.document)
+    assert found is not None
+    assert found[0] == "weights"
+    if "base" in share:
+        assert (
+            ours.document["entries"]["hidden1.weight"]["digest"]
+            != (other.document["entries"]["hidden1.weight"]["digest"])
+        )
+    without_the_file(tmp_path)
+    with pytest.raises(ConfigError, match=r"there is no weights file 'mlp\.pth'"):
+        build_model(job, receives=True)
 
 
 @pytest.mark.parametrize("share", [{"personal": ["*"]}, {"base": ["*"]}, {"personal": ["head.*"], "base": ["hidden*"]}])

@@ -244,7 +244,7 @@ def test_many_entries_over_the_same_bytes_cannot_multiply_memory() -> None:
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({"version": 2}, "wire-version"),
+        ({"version": 1}, "wire-version"),
         ({"version": "x"}, "malformed"),
         ({"kind": "shutdown"}, "malformed"),
         ({"run": "../../etc"}, "malformed"),

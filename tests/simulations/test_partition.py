@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.readers.base import PARTS, Store, part_of
+from client.readers.base import PARTS, Store, part_of, split
 from shared_models.errors import ConfigError, DataError
 from shared_models.job import DataPart, SimulationPart
 from simulations.partition import SitePopulation, iid, make_partition, site_names
@@ -117,7 +117,7 @@ def shares(alpha: float, seed: int, sites: int = 10) -> np.ndarray:
     store = pool(10_000)
     keys = {"partition": "dirichlet", "alpha": alpha, "sites": sites, "min_examples": 1, "seed": seed}
     rows = make_partition(store, part(**keys)).rows.values()
-    return np.array([np.bincount(store.labels.numpy()[r], minlength=10) for r in rows]) / 1000
+    return np.array([np.bincount(store.y.numpy()[r], minlength=10) for r in rows]) / 1000
 
 
 def test_small_alpha_puts_each_class_at_few_sites_and_large_alpha_spreads_it() -> None:
@@ -181,13 +181,36 @@ def test_counts_for_the_report() -> None:
         torch.zeros(40, 1, 1, 1, dtype=torch.uint8), torch.tensor([0, 1] * 10 + [2] * 20),
         [f"{i:05d}" for i in range(40)], DataPart(shape=(1, 1, 1)), sites=["a"] * 20 + ["b"] * 20,
     )  # fmt: skip
-    counts = SitePopulation(store, make_partition(store, part(partition="column"))).counts()
+    counts = SitePopulation(store, make_partition(store, part(partition="column"))).counts(10)
     assert {site: {c for part in parts.values() for c in part} for site, parts in counts.items()} == {
-        "a": {"0", "1"},
-        "b": {"2"},
+        "a": {0, 1},
+        "b": {2},
     }
     for site, rows in {"a": range(20), "b": range(20, 40)}.items():
         for name in PARTS:
             mine = [i for i in rows if part_of(f"{i:05d}") == name]
             assert sum(counts[site][name].values()) == len(mine)
-            assert all(n == sum(int(store.labels[i]) == int(c) for i in mine) for c, n in counts[site][name].items())
+            assert all(n == sum(int(store.y[i]) == c for i in mine) for c, n in counts[site][name].items())
+
+
+def test_blocks_are_contiguous_in_the_order_of_names() -> None:
+    """Slices of one volume stay together, whatever the order in which they were read."""
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(3)).tolist()
+    store = Store(
+        torch.zeros(11, 1, 1, 1, dtype=torch.uint8), torch.zeros(11, dtype=torch.int64),
+        [f"{i:05d}" for i in order], DataPart(shape=(1, 1, 1)),
+    )  # fmt: skip
+    rows = make_partition(store, part(partition="blocks", sites=3)).rows
+    held = [sorted(order[r] for r in rows[name]) for name in rows]
+    assert held == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+
+
+def test_parts_in_blocks_follow_the_order_of_names() -> None:
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(4)).tolist()
+    store = Store(
+        torch.zeros(10, 1, 1, 1, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64),
+        [f"{i:05d}" for i in order], DataPart(shape=(1, 1, 1), parts="blocks"),
+    )  # fmt: skip
+    splits = split(store)
+    held = [sorted(order[r] for r in getattr(splits, name).rows) for name in PARTS]
+    assert held == [[0, 1, 2, 3, 4, 5], [6, 7], [8, 9]]

@@ -20,8 +20,8 @@ def test_brain_mri_runs_in_every_place(real_data: Path, tmp_path: Path) -> None:
     held = [
         sum(len(getattr(sites.splits(name), part)) for part in ("train", "validation", "test")) for name in sites.names
     ]
-    assert sum(held) == len(sites.store.labels) == 253
-    assert sites.store.labels.bincount().tolist() == [98, 155]
+    assert sum(held) == len(sites.store.y) == 253
+    assert sites.store.y.bincount().tolist() == [98, 155]
     comparison = compare(job, sites, paradigms=OFFLINE, seeds=(0,), folder=tmp_path)
     assert [cell.error for cell in comparison.cells] == [None] * 3
     assert {cell.budget.samples for cell in comparison.cells} == {comparison.cells[1].budget.samples}

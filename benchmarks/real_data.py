@@ -1,0 +1,95 @@
+"""Runs the comparisons on real data and writes `docs/results.md` from what they left.
+
+    FEDZOO_DATA=<folder> python benchmarks/real_data.py            every comparison that has no result yet
+    FEDZOO_DATA=<folder> python benchmarks/real_data.py heart      one of them, again
+    python benchmarks/real_data.py --write                         only the page, from benchmarks/results/real_data/
+
+Each is one `fedzoo compare` command, which stands above its table.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from simulations import results
+from simulations.report import as_markdown
+from simulations.results import Comparison
+from simulations.statistics import verdicts
+
+ROOT = Path(__file__).parent.parent
+KEPT = ROOT / "benchmarks" / "results" / "real_data"
+PAGE = ROOT / "docs" / "results.md"
+
+MEMBRANES, CELLS = "examples/em-membranes.toml", "examples/blood-cells.toml"
+TITLES = {
+    "chest-xray": ("Pneumonia in chest X-rays, four label-skewed sites", "examples/chest-xray.toml"),
+    "heart": ("Heart disease in four hospitals as they are, logistic regression", "examples/heart.toml --seeds 5"),
+    "heart-fedadam": (
+        "The same with FedAdam",
+        "examples/heart.toml --seeds 5 --place federated --set method.name=fedadam",
+    ),
+    "em-unet": ("Membranes in electron microscopy: U-Net", MEMBRANES),
+    "em-fcn": ("Membranes: FCN", f"{MEMBRANES} --set model.name=fcn"),
+    "em-segmenter": ("Membranes: Segmenter", f"{MEMBRANES} --set model.name=segmenter"),
+    "cells-faster-rcnn": ("Blood cells: Faster R-CNN", CELLS),
+    "cells-yolo": ("Blood cells: YOLO", f"{CELLS} --set model.name=yolo"),
+    "cells-detr": ("Blood cells: DETR", f"{CELLS} --set model.name=detr"),
+}
+HEAD = """# Results on real data
+
+Written by `python benchmarks/real_data.py`; the figures stand in `benchmarks/results/real_data/`. `$FEDZOO_DATA` is a
+folder with the data sets: [PneumoniaMNIST](https://medmnist.com) (CC BY 4.0), UCI's heart disease (CC BY 4.0), the
+electron microscopy of the ISBI 2012 challenge (free with citation: Arganda-Carreras et al. 2015, Cardona et al. 2010)
+and [BCCD](https://github.com/Shenggan/BCCD_Dataset) (MIT). Mean ± standard deviation over seeds of initial weights and
+order; intervals are Student's t over seeds and cover neither another split nor the size of the test sets.
+"""
+
+
+def command(name: str) -> list[str]:
+    """The words after `fedzoo`."""
+    return ["compare", *TITLES[name][1].split()]
+
+
+def run(name: str) -> None:
+    """One comparison, its pictures left out: they show the data."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "fedzoo", *command(name), "--out", f"{folder}/out", "--json"]
+        subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        found = results.load(Path(folder) / "out" / "comparison.json")
+    told = shlex.join(["fedzoo", *command(name)])
+    results.save(found.model_copy(update={"pictures": [], "command": told}), KEPT / f"{name}.json")
+
+
+def section(name: str, found: Comparison) -> str:
+    """Title, command, hardware, tables and what may be said."""
+    where = f"{found.environment['cpu']}, {found.environment['device']}, torch {found.environment['torch']}"
+    split = f"partition {found.partition.kind}, hash `{found.partition.hash[:16]}`"
+    said = "".join(f"- {line}\n" for line in verdicts(found))
+    shown = f"    {found.command}\n\n{where}; {split}.\n\n{as_markdown(found)}"
+    return f"\n## {TITLES[name][0]}\n\n{shown}\n{said}"
+
+
+def write() -> None:
+    """The page, from every result that is there."""
+    kept = {name: KEPT / f"{name}.json" for name in TITLES}
+    PAGE.write_text(
+        HEAD + "".join(section(n, results.load(p)) for n, p in kept.items() if p.exists()), encoding="utf-8"
+    )
+
+
+def main(words: list[str]) -> None:
+    chosen = [w for w in words if not w.startswith("-")]
+    if "--write" not in words:
+        for name in chosen or [n for n in TITLES if not (KEPT / f"{n}.json").exists()]:
+            print(name, flush=True)
+            run(name)
+            write()
+    write()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
