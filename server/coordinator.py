@@ -36,7 +36,7 @@ PASSING = ("lost", "timeout", "flower-error-5", "flower-error-8")  # of the netw
 
 @dataclass
 class Totals:
-    """What a run cost. Bytes are tensor payloads of the training rounds; sequential steps add each round's slowest site."""
+    """What a run cost. Bytes: tensors of the training rounds; sequential steps add each round's slowest site."""
 
     rounds: int = 0
     samples: int = 0

@@ -27,7 +27,7 @@ def area(boxes: Tensor) -> Tensor:
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of two broadcastable sets of boxes, (..., 4) x (..., 4) -> (...); 0 where both are empty."""
+    """Intersection over union of two broadcastable sets of boxes, (..., 4) x (..., 4) -> (...); 0 for empty ones."""
     inner = torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], dim=-1)
     shared = area(inner)
     union = area(a) + area(b) - shared

@@ -24,7 +24,7 @@ from shared_models.tasks.base import Target, make_task
 from simulations.paradigms import Result, Setting
 from simulations.paradigms import paradigms as places
 from simulations.partition import SitePopulation, make_partition
-from simulations.pictures import pictures, with_truth
+from simulations.pictures import colours, pictures, with_truth
 from simulations.results import Budget, Cell, Comparison, Partition, Place, Time
 
 PLACES: tuple[Place, ...] = ("centralized", "federated", "isolated")
@@ -183,6 +183,7 @@ def _facts(job: Job, sites: SitePopulation) -> dict[str, Any]:
         "metrics": list(task.metrics),
         "sites": list(sites.names),
         "labels": list(job.task.labels),
+        "colours": colours(job),
     }
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from client.readers.base import PARTS, Examples, Splits, Store, split
+from client.readers.base import PARTS, Examples, Splits, Store, natural, split
 from shared_models.errors import ConfigError, DataError
 from shared_models.job import SimulationPart
 from shared_models.keys import key
@@ -76,7 +76,7 @@ def blocks(names: Sequence[str], sites: int) -> list[np.ndarray]:
         ConfigError: there are more sites than examples.
     """
     _require_enough(len(names), sites)
-    order = np.array(sorted(range(len(names)), key=lambda row: names[row]))
+    order = np.array(sorted(range(len(names)), key=lambda row: natural(names[row])))
     return [np.sort(rows) for rows in np.array_split(order, sites)]
 
 

@@ -10,13 +10,13 @@ import io
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 
 from client.readers.base import Examples
 from client.workbench import Workbench, determinism
 from shared_models.job import Job
-from shared_models.tasks.base import IGNORED, make_task
+from shared_models.tasks.base import IGNORED, Target, make_task
 from simulations.paradigms import Result
 from simulations.partition import SitePopulation
 from simulations.results import Picture
@@ -55,6 +55,18 @@ def with_truth(job: Job, sites: SitePopulation, drawn: Sequence[Picture]) -> lis
     return [Picture(paradigm="truth", images=_draw(job, examples, examples.y)), *drawn]
 
 
+def colours(job: Job) -> dict[str, str]:
+    """Label -> its colour in the pictures; empty for a mask's first label, whose pixels stay as they are."""
+    target = make_task(job).target
+    if not _drawable(job):
+        return {}
+    return {label: "" if target == "mask" and i == 0 else _colour(i, target) for i, label in enumerate(job.task.labels)}
+
+
+def _colour(index: int, target: Target) -> str:
+    return COLOURS[(index - (target == "mask")) % len(COLOURS)]
+
+
 def _drawable(job: Job) -> bool:
     return make_task(job).target != "class"
 
@@ -88,8 +100,8 @@ def _draw(job: Job, examples: Examples, marks: Tensor) -> list[str]:
 def _overlay(image: Image.Image, mask: Tensor) -> Image.Image:
     """Class 1 and on in colour, half transparent; class 0 and ignored pixels as they are."""
     layer = Image.new("RGBA", (mask.shape[1], mask.shape[0]))
-    colours = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in COLOURS]
-    table = torch.tensor([(0, 0, 0, 0), *((*colours[i % len(colours)], 130) for i in range(IGNORED - 1)), (0, 0, 0, 0)])
+    shown = (ImageColor.getrgb(_colour(i, "mask")) for i in range(1, IGNORED))
+    table = torch.tensor([(0, 0, 0, 0), *((*colour, 130) for colour in shown), (0, 0, 0, 0)])
     layer = Image.fromarray(table.to(torch.uint8)[mask.long()].numpy(), "RGBA")
     layer = layer.resize(image.size, Image.Resampling.NEAREST)
     return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
@@ -104,4 +116,4 @@ def _boxes(image: Image.Image, rows: Tensor, plain: bool) -> None:
             continue
         x0, y0, x1, y1 = (c * side for c, side in zip(corners, (width, height, width, height), strict=True))
         if x1 > x0 and y1 > y0:
-            pen.rectangle((x0, y0, x1, y1), outline=COLOURS[label % len(COLOURS)], width=2)
+            pen.rectangle((x0, y0, x1, y1), outline=_colour(label, "boxes"), width=2)

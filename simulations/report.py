@@ -61,18 +61,15 @@ def tables(comparison: Given, width: int = 120) -> list[Table]:
         for cells in rows:
             shown.add_row(*(Text(cells[i]) for i in columns))
         found.append(shown)
-    return found + ([_metric_table(c)] if len(c.metrics) > 1 else [])
-
-
-def _metric_table(c: Comparison) -> Table:
-    """Every metric of the task on all sites' tests."""
-    shown = Table(title=Text("every metric on all sites' tests"), title_justify="left")
-    for i, name in enumerate(metric_headers(c)):
-        shown.add_column(Text(name), justify="right" if i else "left")
-    for cell in c.cells:
-        if cell.error is None:
-            shown.add_row(*map(Text, metric_row(c, cell)))
-    return shown
+    head, rows = metric_table(c)
+    if rows:
+        shown = Table(title_justify="left")
+        for i, name in enumerate(head):
+            shown.add_column(Text(name), justify="right" if i else "left")
+        for cells in rows:
+            shown.add_row(*map(Text, cells))
+        found.append(shown)
+    return found
 
 
 def as_markdown(comparison: Given) -> str:
@@ -83,9 +80,8 @@ def as_markdown(comparison: Given) -> str:
     """
     c = parse(comparison)
     said = _markdown(headers(c), [row(cell) for cell in c.cells])
-    if len(c.metrics) > 1:
-        said += "\n" + _markdown(metric_headers(c), [metric_row(c, cell) for cell in c.cells if cell.error is None])
-    return said
+    head, rows = metric_table(c)
+    return f"{said}\n{_markdown(head, rows)}" if rows else said
 
 
 def _markdown(head: list[str], body: list[list[str]]) -> str:
@@ -126,15 +122,19 @@ def row(cell: Cell) -> list[str]:
     ]
 
 
-def metric_headers(c: Comparison) -> list[str]:
-    """The columns of the second table: every metric of the task, on all sites' tests."""
-    return ["paradigm", *(f"{name} %" for name in _metric_names(c))]
+def metric_table(c: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the second table: every metric on all sites' tests, a column for each paradigm that was run.
 
-
-def metric_row(c: Comparison, cell: Cell) -> list[str]:
-    """One paradigm's figures under `metric_headers`; a metric that is not defined for some seed is left open."""
-    found = [[v for v in cell.metrics.get(name, []) if v is not None] for name in _metric_names(c)]
-    return [cell.name, *(spread(v) if len(v) == len(c.seeds) else NOTHING for v in found)]
+    A metric that is not defined for some seed is left open. Nothing where the task has one metric only.
+    """
+    done = [cell for cell in c.cells if cell.error is None]
+    if len(c.metrics) < 2 or not done:
+        return [], []
+    rows = []
+    for name in _metric_names(c):
+        found = [[v for v in cell.metrics.get(name, []) if v is not None] for cell in done]
+        rows.append([name, *(spread(v) if len(v) == len(c.seeds) else NOTHING for v in found)])
+    return ["all sites' tests, %", *(cell.name for cell in done)], rows
 
 
 def _metric_names(c: Comparison) -> list[str]:
@@ -176,8 +176,7 @@ def _view(c: Comparison) -> dict[str, Any]:
         "pooled": c.demo or any(cell.place == "centralized" for cell in c.cells),
         "headers": headers(c),
         "rows": [row(cell) for cell in c.cells],
-        "metric_headers": metric_headers(c),
-        "metric_rows": [metric_row(c, cell) for cell in done] if len(c.metrics) > 1 else [],
+        "metrics": metric_table(c),
         "pictures": c.pictures,
         "legend": [(cell.name, charts.swatch(f"{cell.place} {cell.time}")) for cell in done],
         "overview": _overview(c),

@@ -103,7 +103,10 @@ class Cell(_Frozen):
 
 
 class Comparison(_Frozen):
-    """Cells that share job, seeds, sites and labels, and all it takes to repeat them."""
+    """Cells that share job, seeds, sites and labels, and all it takes to repeat them.
+
+    `colours` are those of the labels in the pictures, `#rrggbb`; empty for a label that is not coloured.
+    """
 
     title: str
     created: datetime
@@ -119,6 +122,7 @@ class Comparison(_Frozen):
     metric: str = "accuracy"
     metrics: list[str] = []
     pictures: list[Picture] = []
+    colours: dict[str, str] = {}
     sites: list[str]
     labels: list[str]
     cells: list[Cell]

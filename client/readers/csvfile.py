@@ -78,8 +78,9 @@ class Table:
             return self
         rows = []
         for row in self.rows:
-            words = zip(self.columns, row.values, strict=False)  # a line with other columns is found out later
-            shared = [wanted.shared(row.site, column, value.strip()) for column, value in words]
+            words = list(zip(self.columns, row.values, strict=False))  # a line with other columns is found out later
+            site = dict(words).get("site", row.site).strip()
+            shared = [wanted.shared(site, column, value.strip()) for column, value in words]
             rows.append(replace(row, values=[*shared, *row.values[len(shared) :]]))
         return replace(self, rows=rows)
 

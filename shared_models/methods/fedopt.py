@@ -84,7 +84,8 @@ class FedAdam(FedOpt):
 
     def second(self, v: Tensor, square: Tensor) -> Tensor:
         """b2 v + (1 - b2) d^2."""
-        return self.settings.beta2 * v + (1 - self.settings.beta2) * square
+        moved: Tensor = self.settings.beta2 * v + (1 - self.settings.beta2) * square
+        return moved
 
 
 @method("fedadagrad")
@@ -104,4 +105,5 @@ class FedYogi(FedOpt):
 
     def second(self, v: Tensor, square: Tensor) -> Tensor:
         """v - (1 - b2) d^2 sign(v - d^2)."""
-        return v - (1 - self.settings.beta2) * square * torch.sign(v - square)
+        moved: Tensor = v - (1 - self.settings.beta2) * square * torch.sign(v - square)
+        return moved

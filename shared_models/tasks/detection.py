@@ -101,6 +101,10 @@ class Detection(Task):
             **{f"ap50:{label}": ap for label, ap in zip(self.settings.labels, precision[:, 0].tolist(), strict=True)},
         }
 
+    def predict(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """The detections, (B, D, 6): class, corners, score."""
+        return outputs["found"]
+
     def draw(self, shape: tuple[int, ...], count: int, source: torch.Generator) -> Batch:
         """Normal noise, images with no box to three, and 64 proposals each, its own boxes among them."""
         boxes = draw_boxes((count, 3), source)

@@ -76,6 +76,10 @@ class Localization(Task):
         means = {name: (sums[name].double() / sums["examples"]).item() for name in ("iou", "within50", "loss")}
         return {**means, "examples": float(sums["examples"])}
 
+    def predict(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The box, (B, 4)."""
+        return to_box(outputs)
+
     def draw(self, shape: tuple[int, ...], count: int, source: torch.Generator) -> Batch:
         """Normal noise and boxes anywhere."""
         return Batch(torch.randn(count, *shape, generator=source), draw_boxes((count,), source))

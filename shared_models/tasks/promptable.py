@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import ClassVar, cast
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
@@ -25,6 +25,8 @@ class PromptableSettings(TaskSettings):
         background: labels whose pixels belong to no object; by default the first label alone.
         smallest: pixels that an object has at least; smaller components are passed over.
         focal: weight of the focal loss.
+        alpha: share of the focal loss that the object's pixels have, the others 1 - alpha; where objects are small beside
+            the image, more than the 0.25 of Lin et al. 2017 lets a model sooner answer more than nothing.
         dice: weight of the Dice loss.
         overlap: weight of the squared error of the expected IoU.
     """
@@ -32,6 +34,7 @@ class PromptableSettings(TaskSettings):
     background: tuple[str, ...] | None = None
     smallest: PositiveInt = 1
     focal: NonNegativeFloat = 20.0
+    alpha: float = Field(0.25, gt=0.0, lt=1.0)
     dice: NonNegativeFloat = 1.0
     overlap: NonNegativeFloat = 1.0
 
@@ -129,7 +132,7 @@ class PromptableSegmentation(Task):
         losses = []
         for logits, scores in outputs.masks:
             fine = at_size(logits, batch.y)  # (B, N, H, W)
-            masks = chosen.focal * focal_loss(fine, outputs.target, counted)
+            masks = chosen.focal * focal_loss(fine, outputs.target, counted, chosen.alpha)
             masks = masks + chosen.dice * dice_loss(fine, outputs.target, counted)  # (B, N)
             truth, _ = overlaps(fine, outputs.target, counted)
             error = (scores.float() - truth).square().mean(dim=1)
@@ -210,19 +213,20 @@ def best(masks: Masks) -> Tensor:
     return masks.logits[rows, masks.scores.argmax(dim=1)]
 
 
-def focal_loss(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """Focal loss with alpha 0.25 and gamma 2 (Lin et al. 2017, eq. 5), mean over the pixels that count.
+def focal_loss(logits: Tensor, target: Tensor, counted: Tensor, alpha: float) -> Tensor:
+    """-alpha_t (1 - p_t)^2 log p_t (Lin et al. 2017, eq. 5), mean over the pixels that count.
 
     Args:
         logits: (B, N, H, W).
         target: (B, H, W) bool.
         counted: (B, H, W) bool.
+        alpha: of the object's pixels; 1 - alpha of the others.
 
     Returns:
         (B, N), 0 where no pixel counts.
     """
     truth = target[:, None].to(logits.dtype).expand_as(logits)
-    losses = sigmoid_focal_loss(logits, truth) * counted[:, None]
+    losses = sigmoid_focal_loss(logits, truth, alpha, gamma=2.0) * counted[:, None]
     mean: Tensor = losses.sum(dim=(2, 3)) / counted.sum(dim=(1, 2)).clamp(min=1)[:, None]
     return mean
 

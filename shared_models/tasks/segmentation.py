@@ -120,6 +120,10 @@ class Segmentation(Task):
             **labelled,
         }
 
+    def predict(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The class of every pixel, (B, H, W) int64."""
+        return at_size(outputs, batch.y).argmax(dim=1)
+
     def draw(self, shape: tuple[int, ...], count: int, source: torch.Generator) -> Batch:
         """Normal noise; a uniform class at every pixel, one in ten is ignored."""
         x = torch.randn(count, *shape, generator=source)

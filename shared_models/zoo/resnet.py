@@ -31,7 +31,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from shared_models.models import ModelSettings, Shape, model
 
-Norm = Literal["group", "batch", "frozen"]
+Norm = Literal["group", "batch", "frozen", "none"]
 Stem = Literal["imagenet", "cifar"]
 Layers = tuple[int, int, int, int]
 
@@ -51,14 +51,16 @@ class ResNetSettings(ModelSettings):
 
 
 def norm_layer(kind: Norm, channels: int) -> nn.Module:
-    """BatchNorm, `frozen` BatchNorm in which nothing trains or moves (for a backbone with loaded weights), or GroupNorm.
+    """GroupNorm with 16 channels a group (8 where 16 does not divide; Wu & He 2018, Table 3), or BatchNorm.
 
-    GroupNorm has 16 channels a group (8 where 16 does not divide; Wu & He 2018, Table 3).
+    In a `frozen` BatchNorm nothing trains or moves: for a backbone whose weights are loaded. `none` is the identity.
     """
+    if kind == "none":
+        return nn.Identity()
     if kind == "group":
         return nn.GroupNorm(channels // math.gcd(channels, 16), channels)
-    frozen: nn.Module = FrozenBatchNorm2d(channels)
-    return frozen if kind == "frozen" else nn.BatchNorm2d(channels)
+    made: nn.Module = nn.BatchNorm2d(channels) if kind == "batch" else FrozenBatchNorm2d(channels)
+    return made
 
 
 class BasicBlock(nn.Module):
@@ -180,7 +182,7 @@ class ResNetFeatures(Trunk):
         bottleneck: whether the blocks are bottlenecks (ResNet-50 and deeper).
         width: channels after the stem.
         stem: `imagenet`, stride 4, or `cifar`, stride 1.
-        norm: `group`, `batch`, or `frozen` where the weights come from elsewhere.
+        norm: see `norm_layer`.
         channels: of the image.
         dilate_last: how many of the last stages, at most 3, keep the resolution and dilate instead
             (Chen et al. 2017, DeepLab).
@@ -222,7 +224,6 @@ USUAL = {"tiny": (3, 32, 32), "cifar": (3, 32, 32), "paper": (3, 224, 224)}
     paper="He et al. 2016, Deep Residual Learning for Image Recognition",
     tasks=("classification", "localization"),
     heads=("fc.*",),
-    family="classification",
     usual=USUAL,
 )
 def build(settings: ResNetSettings, shape: Shape, outputs: int) -> nn.Module:
@@ -241,7 +242,6 @@ def build(settings: ResNetSettings, shape: Shape, outputs: int) -> nn.Module:
     paper="He et al. 2016, Deep Residual Learning for Image Recognition",
     tasks=("classification", "localization"),
     heads=("fc.*",),
-    family="classification",
     usual=USUAL,
 )
 def build50(settings: ResNetSettings, shape: Shape, outputs: int) -> nn.Module:

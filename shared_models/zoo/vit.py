@@ -158,7 +158,8 @@ def initialise(module: nn.Module) -> None:
     """Xavier uniform for the blocks (the paper's own code), truncated normals elsewhere, biases at zero."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         nn.init.zeros_(module.get_parameter("bias"))
@@ -207,7 +208,6 @@ RENAMES = (
     paper="Dosovitskiy et al. 2021, An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
     tasks=("classification", "localization"),
     renames=RENAMES,
-    family="classification",
     usual={"tiny": (1, 8, 8)} | dict.fromkeys(("ti16", "s16", "b16", "l16"), (3, 224, 224)),
 )
 def build(settings: ViTSettings, shape: Shape, outputs: int) -> nn.Module:

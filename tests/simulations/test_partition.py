@@ -198,7 +198,7 @@ def test_blocks_are_contiguous_in_the_order_of_names() -> None:
     order = torch.randperm(11, generator=torch.Generator().manual_seed(3)).tolist()
     store = Store(
         torch.zeros(11, 1, 1, 1, dtype=torch.uint8), torch.zeros(11, dtype=torch.int64),
-        [f"{i:05d}" for i in order], DataPart(shape=(1, 1, 1)),
+        [f"slice-{i}" for i in order], DataPart(shape=(1, 1, 1)),
     )  # fmt: skip
     rows = make_partition(store, part(partition="blocks", sites=3)).rows
     held = [sorted(order[r] for r in rows[name]) for name in rows]
@@ -209,7 +209,7 @@ def test_parts_in_blocks_follow_the_order_of_names() -> None:
     order = torch.randperm(10, generator=torch.Generator().manual_seed(4)).tolist()
     store = Store(
         torch.zeros(10, 1, 1, 1, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64),
-        [f"{i:05d}" for i in order], DataPart(shape=(1, 1, 1), parts="blocks"),
+        [f"{i + 5}.png" for i in order], DataPart(shape=(1, 1, 1), parts="blocks"),
     )  # fmt: skip
     splits = split(store)
     held = [sorted(order[r] for r in getattr(splits, name).rows) for name in PARTS]
