@@ -34,10 +34,13 @@ TITLES = {
     ),
     "em-unet": ("Membranes in electron microscopy: U-Net", MEMBRANES),
     "em-fcn": ("Membranes: FCN", f"{MEMBRANES} --set model.name=fcn"),
-    "em-segmenter": ("Membranes: Segmenter", f"{MEMBRANES} --set model.name=segmenter"),
+    "em-segmenter": ("Membranes: Segmenter", f"{MEMBRANES} --set model.name=segmenter --set model.patch=8"),
     "cells-faster-rcnn": ("Blood cells: Faster R-CNN", CELLS),
     "cells-yolo": ("Blood cells: YOLO", f"{CELLS} --set model.name=yolo"),
-    "cells-detr": ("Blood cells: DETR", f"{CELLS} --set model.name=detr"),
+    "cells-detr": (
+        "Blood cells: DETR, on smaller images and for fewer rounds",
+        f"{CELLS} --set model.name=detr --set data.shape=[3,96,128] --set federation.rounds=10",
+    ),
 }
 HEAD = """# Results on real data
 

@@ -91,8 +91,7 @@ def label(regions: Tensor, y: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
     Returns:
         (B, R) int64: 0 for background, k + 1 for label k, -1 for neither; (B, R, 4): that box.
     """
-    nothing = torch.full_like(y[:, :1], PADDING) if y.shape[1] else y.new_full((len(y), 1, 5), PADDING)
-    y = torch.cat([y, nothing], dim=1)
+    y = torch.cat([y, y.new_full((len(y), 1, 5), PADDING)], dim=1)  # never empty
     overlaps = pairwise_iou(regions, y[..., 1:])  # (B, R, M + 1)
     overlap, which = overlaps.masked_fill((y[..., 0] < 0)[:, None], 0.0).max(dim=2)
     own = take(y, which)  # (B, R, 5)
@@ -171,7 +170,7 @@ def _interpolation(low: Tensor, high: Tensor, size: int, side: int, points: int)
     inside = (places >= -1) & (places <= size)
     pixels = torch.arange(size, device=low.device)
     weights = (1 - (places.clamp(0, size - 1)[..., None] - pixels).abs()).clamp(min=0) * inside[..., None]
-    return weights.unflatten(2, (side, points)).mean(dim=3)
+    return weights.reshape(*low.shape, side, points, size).mean(dim=3)
 
 
 class TwoBranches(nn.Module):

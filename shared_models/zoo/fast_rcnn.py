@@ -50,9 +50,10 @@ class FastRCNN(RegionDetector):
     "fast-rcnn",
     settings=FastRCNNSettings,
     sizes={
-        "tiny": {"backbone": "small", "hidden": (128,), "regions": 64, "grid": 4},
+        "tiny": {"backbone": "small", "hidden": (128,), "regions": 64, "foreground": 0.35, "grid": 4},
         "paper": {
-            "backbone": "vgg16", "hidden": (4096, 4096), "dropout": 0.5, "regions": 64, "background": 0.1, "grid": 7,
+            "backbone": "vgg16", "hidden": (4096, 4096), "dropout": 0.5, "regions": 64, "background": 0.1,
+            "overlap": 0.3, "grid": 7,
         },
     },
     paper="Girshick 2015, Fast R-CNN",

@@ -283,7 +283,7 @@ class FasterRCNN(Detector):
     sizes={
         "tiny": {
             "backbone": "small", "anchors": ((10.0, 24.0, 48.0),), "hidden": 128, "grid": 4,
-            "anchors_sampled": 64, "regions": 64, "candidates": 300, "proposals": 100, "least": 0.01,
+            "anchors_sampled": 128, "regions": 64, "candidates": 300, "proposals": 100, "least": 0.01,
         },
         "r50-fpn": {
             "backbone": "resnet50-fpn", "norm": "frozen", "anchors": ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,)),

@@ -3,7 +3,7 @@
 =====  =====  ======  ==============  ==========  ======  ==========  ==================================
 size   patch  stride  channels        kernels     hidden  parameters  from
 =====  =====  ======  ==============  ==========  ======  ==========  ==================================
-tiny   17     2       16, 32          4, 4        64      16,882      ours, for images of about 32 to 128
+tiny   21     4       16, 32          6, 3        64      23,858      ours, for images of about 32 to 128
 paper  95     8       48, 48, 48, 48  4, 5, 4, 4  200     219,290     Ciresan et al. 2012, network N4
 =====  =====  ======  ==============  ==========  ======  ==========  ==================================
 
@@ -108,7 +108,7 @@ class Patchwise(nn.Module):
     "patchwise",
     settings=PatchwiseSettings,
     sizes={
-        "tiny": {"patch": 17, "stride": 2, "channels": (16, 32), "kernels": (4, 4), "hidden": 64},
+        "tiny": {"patch": 21, "stride": 4, "channels": (16, 32), "kernels": (6, 3), "hidden": 64},
         "paper": {"patch": 95, "stride": 8, "channels": (48, 48, 48, 48), "kernels": (4, 5, 4, 4), "hidden": 200},
     },
     paper="Ciresan et al. 2012, Deep Neural Networks Segment Neuronal Membranes in Electron Microscopy Images",

@@ -21,7 +21,10 @@ fast-rcnn   1, then one grid of means of each region               everything
 The paper trains in stages: the CNN with a softmax, then an SVM a class, then box regression on stored features. Here
 all is one network with one loss: the softmax (which Appendix B compares with the SVMs: 50.9 instead of 54.2 % mAP on
 VOC 2007, most of it due to how regions are labelled) and a class's own box regression (Appendix C), both on the last
-hidden layer, at the regions that overlap a true box by half.
+hidden layer.
+
+Proposals rarely overlap small objects by half (0.5, the paper's): `tiny` counts those from 0.35 on as objects, whose
+box it learns to move.
 """
 
 from __future__ import annotations
@@ -65,11 +68,11 @@ class RegionSettings(ModelSettings):
     hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     regions: PositiveInt
-    foreground_share: Fraction = 0.25
+    foreground_share: float = Field(0.25, gt=0.0, le=1.0)
     foreground: float = Field(0.5, gt=0.0, le=1.0)
     background: Fraction = 0.0
     detections: PositiveInt = 100
-    overlap: Fraction = 0.3
+    overlap: Fraction = 0.5
     least: float = Field(0.01, gt=0.0, le=1.0)
 
     @model_validator(mode="after")
@@ -240,16 +243,17 @@ class RCNN(RegionDetector):
         around = to_corners(torch.cat([centre, size * self.zoom], dim=-1))
         warped = crop(x, around, self.side, points=2)  # (B, S, C, side, side)
         maps: Tensor = self.features(warped.flatten(0, 1))  # (B S, C', h, w)
-        return maps.flatten(1).unflatten(0, regions.shape[:2])
+        return maps.reshape(*regions.shape[:2], -1)
 
 
 @model(
     "rcnn",
     settings=RCNNSettings,
     sizes={
-        "tiny": {"backbone": "small", "hidden": (128,), "regions": 64, "side": 32, "context": 4},
+        "tiny": {"backbone": "small", "hidden": (128,), "regions": 64, "foreground": 0.35, "side": 32, "context": 4},
         "paper": {
-            "backbone": "alexnet", "hidden": (4096, 4096), "dropout": 0.5, "regions": 128, "side": 227, "context": 16,
+            "backbone": "alexnet", "hidden": (4096, 4096), "dropout": 0.5, "regions": 128, "overlap": 0.3,
+            "side": 227, "context": 16,
         },
     },
     paper="Girshick et al. 2014, Rich Feature Hierarchies for Accurate Object Detection and Semantic Segmentation",

@@ -29,12 +29,17 @@ class SegmenterSettings(ViTSettings):
 
     Attributes:
         decoder_layers: transformer blocks over patches and classes together.
-        mask_eps: added to the variance of a patch's cosines, before they are divided by its root. The paper's code has
-            1e-5; two classes then get little more than the sign of their difference, and hardly a gradient.
+        mask_eps: added to the variance of a patch's cosines before they are divided by its root.
+        mask_scale: what they are multiplied by afterwards, at the start.
+
+    The paper's code has a `mask_eps` of 1e-5 and a `mask_scale` of 1. With two classes that leaves little more than the
+    sign of their difference, and hardly a gradient: on 8 crops of electron microscopy (membranes, 4 of 64x64 pixels in
+    a step, 240 steps of AdamW 0.004) the training Dice gets to 0.94 with the values here and stays below 0.7 with those.
     """
 
     decoder_layers: PositiveInt = 2
-    mask_eps: float = Field(0.01, gt=0.0)
+    mask_eps: float = Field(0.1, gt=0.0)
+    mask_scale: float = Field(3.0, gt=0.0)
 
 
 class Segmenter(nn.Module):
@@ -54,6 +59,7 @@ class Segmenter(nn.Module):
         self.mask_norm = nn.LayerNorm(outputs, eps=settings.mask_eps)
         self.apply(initialise)
         self.encoder.initialise()
+        nn.init.constant_(self.mask_norm.weight, settings.mask_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, outputs, H, W) logits."""
@@ -72,7 +78,15 @@ class Segmenter(nn.Module):
     "segmenter",
     settings=SegmenterSettings,
     sizes={
-        "tiny": {"layers": 2, "width": 64, "mlp": 128, "heads": 4, "patch": 4, "position_std": 1.0},
+        "tiny": {
+            "layers": 2,
+            "width": 64,
+            "mlp": 128,
+            "heads": 2,
+            "patch": 4,
+            "position_std": 1.0,
+            "decoder_layers": 1,
+        },
         "ti16": {"layers": 12, "width": 192, "mlp": 768, "heads": 3, "patch": 16},
         "s16": {"layers": 12, "width": 384, "mlp": 1536, "heads": 6, "patch": 16},
         "b16": {"layers": 12, "width": 768, "mlp": 3072, "heads": 12, "patch": 16},

@@ -3,7 +3,7 @@
 ======  ==========  ====  ======  =======================  ============  ===================
 size    channels    side  hidden  windows of a 3:4 image   M parameters  from
 ======  ==========  ====  ======  =======================  ============  ===================
-tiny    16, 32, 64  16    64      2,529                    0.04          ours
+tiny    16, 32, 64  16    64      1,565                    0.04          ours
 ======  ==========  ====  ======  =======================  ============  ===================
 
 A detection is a window itself: no box is moved, and what overlaps is left to non-maximum suppression. Each window is
@@ -86,10 +86,15 @@ def slide(scales: tuple[float, ...], ratios: tuple[float, ...], step: float, hei
     for side in (scale * min(height, width) for scale in scales):
         for ratio in ratios:
             wide, high = min(side * ratio**0.5 / width, 1.0), min(side / ratio**0.5 / height, 1.0)
-            x, y = (torch.linspace(0, 1 - size, 1 + math.ceil((1 - size) / (step * size))) for size in (wide, high))
+            x, y = (torch.linspace(0, 1 - size, _count(size, step)) for size in (wide, high))
             low = torch.cartesian_prod(y, x).flip(1)  # row by row
             found.append(torch.cat([low, low + torch.tensor([wide, high])], dim=1))
     return torch.cat(found).clamp(0, 1)
+
+
+def _count(size: float, step: float) -> int:
+    """How many windows of this size a line of length 1 takes."""
+    return 1 + math.ceil((1 - size) / (step * size) - 1e-6)
 
 
 class SlidingWindow(Detector):
@@ -176,7 +181,7 @@ def balanced(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     settings=SlidingWindowSettings,
     sizes={
         "tiny": {
-            "scales": (0.08, 0.14, 0.24, 0.42, 0.7), "ratios": (1.0,), "step": 0.33, "side": 16,
+            "scales": (0.09, 0.15, 0.26, 0.45, 0.8), "ratios": (1.0,), "step": 0.38, "side": 16,
             "channels": (16, 32, 64), "hidden": 64, "windows": 64,
         },
     },

@@ -74,10 +74,11 @@ class SPPNet(RegionDetector):
     settings=SPPNetSettings,
     sizes={
         "tiny": {
-            "backbone": "small", "hidden": (128,), "regions": 64, "levels": (1, 2, 4), "frozen_convolutions": False,
+            "backbone": "small", "hidden": (128,), "regions": 64, "foreground": 0.35,
+            "levels": (1, 2, 4), "frozen_convolutions": False,
         },
         "paper": {
-            "backbone": "alexnet", "hidden": (4096, 4096), "dropout": 0.5, "regions": 128,
+            "backbone": "alexnet", "hidden": (4096, 4096), "dropout": 0.5, "regions": 128, "overlap": 0.3,
             "levels": (1, 2, 3, 6), "frozen_convolutions": True,
         },
     },

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from client.handler import Handler
 from client.policy import Policy
-from client.readers.base import Splits
+from client.readers.base import Examples, Splits, Store
 from client.state import MemoryState
 from client.trainer import evaluate, train
 from client.workbench import Workbench
@@ -94,6 +94,27 @@ def test_not_even_one_example_fits(make_job: MakeJob, make_splits: MakeSplits) -
     answer = site.handle(Instruction("train", "r", "s", job, bench.spec.fingerprint, groups={"model": model}))
     assert answer.code == "out-of-memory"
     assert not answer.groups
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_runs_out_of_memory_is_survived(make_job: MakeJob) -> None:
+    """ViT-B/16 on a batch of 256 images of 224x224 within 6 GB, which hold a few of them."""
+    job = make_job(
+        model={"name": "vit", "size": "b16"}, data={"shape": [3, 224, 224]},
+        train={"batch_size": 256, "precision": "bf16", "deterministic": False},
+    )  # fmt: skip
+    x = torch.randint(0, 256, (256, 3, 224, 224), dtype=torch.uint8)
+    store = Store(x, torch.arange(256) % 10, [str(i) for i in range(256)], job.data)
+    data = Examples(store, torch.arange(256))
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(6e9 / total)
+    try:
+        bench = Workbench(job, torch.device("cuda"))
+        progress = train(bench, data, instruction(job), [{}, {}])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert progress.halvings > 0
+    assert all(bool(torch.isfinite(t).all()) for t in bench.entries.values())
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32_weights(make_job: MakeJob, make_splits: MakeSplits) -> None:

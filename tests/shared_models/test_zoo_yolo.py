@@ -199,7 +199,7 @@ def test_tiny_learns_drawn_images() -> None:
     net, (x, y) = build(), drawn()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     losses = []
-    for _ in range(150):
+    for _ in range(80):
         loss = net.train()(x, y)["loss"].mean()
         optimizer.zero_grad()
         loss.backward()
