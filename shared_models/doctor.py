@@ -29,8 +29,9 @@ def examine() -> list[Finding]:
 
     python = PYTHON[0] <= sys.version_info[:2] < PYTHON[1]
     findings = [Finding("python", python, f"{platform.python_version()}, needs 3.11 to 3.13")]
-    for name, wanted in (("flwr", FLOWER), ("torch", ""), ("torchvision", ""), ("grpcio", ""), ("cryptography", "")):
-        findings.append(_package(name, wanted))
+    findings.append(_package("flwr", FLOWER))
+    for name in ("torch", "torchvision", "grpcio", "cryptography", "scipy", "scikit-image"):
+        findings.append(_package(name, ""))
     cuda = torch.cuda.is_available()
     findings.append(Finding("device", True, torch.cuda.get_device_name() if cuda else "CPU (no CUDA device)"))
     findings.append(_vision())

@@ -50,7 +50,7 @@ class FasterRCNNSettings(ModelSettings):
 
     Attributes:
         backbone: `small` (ours, one map of stride 4) or `resnet50-fpn` (five maps of strides 4 to 64).
-        norm: of the ResNet: `group`, `batch` or `frozen`.
+        norm: of the backbone: `group`, `batch` or `frozen`.
         anchors: for each feature map the sides of its anchors, in pixels.
         ratios: of the anchors, height by width; every side comes in each.
         hidden: width of the head's two layers.
@@ -84,7 +84,7 @@ class FasterRCNNSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _anchors_fit_maps(self) -> FasterRCNNSettings:
-        maps = {"small": 1, "resnet50-fpn": 5}[self.backbone]
+        maps = len(BACKBONES[self.backbone].strides)
         if len(self.anchors) != maps:
             raise ValueError(
                 f"anchors should have {maps} entries for backbone {self.backbone}, not {len(self.anchors)}"
@@ -116,13 +116,16 @@ class SingleMap(nn.Module):
     strides = (4,)
     width = 64
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()
-        self.body = small(channels)[:-1]
+        self.body = small(channels, norm)[:-1]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The map."""
         return [self.body(x)]
+
+
+BACKBONES: dict[str, type[Pyramid | SingleMap]] = {"small": SingleMap, "resnet50-fpn": Pyramid}
 
 
 class ProposalHead(nn.Module):
@@ -245,14 +248,8 @@ class FasterRCNN(Detector):
     def __init__(self, settings: FasterRCNNSettings, channels: int, outputs: int) -> None:
         super().__init__()
         self.settings = settings
-        self.backbone: Pyramid | SingleMap
-        if settings.backbone == "small":
-            self.backbone = SingleMap(channels)
-            levels = 1
-        else:
-            self.backbone = Pyramid(channels, settings.norm)
-            levels = 4  # the coarsest map only proposes
-        self.levels = levels
+        self.backbone = BACKBONES[settings.backbone](channels, settings.norm)
+        self.levels = levels = min(len(self.backbone.strides), 4)  # of a pyramid the coarsest map only proposes
         self.rpn = ProposalNetwork(settings, self.backbone.width, self.backbone.strides)
         self.roi_heads = RegionHead(settings, self.backbone.width, levels, outputs)
         self.sampling = Sampling(settings.regions, 0.25, settings.foreground, (0.0, settings.foreground))

@@ -44,6 +44,7 @@ from shared_models.detection import Detector
 from shared_models.errors import ConfigError
 from shared_models.models import ModelSettings, Shape, model
 from shared_models.regions import Sampling, TwoBranches, choose, crop, detections, region_loss, take
+from shared_models.zoo.resnet import Norm, norm_layer
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -87,11 +88,11 @@ class RegionSettings(ModelSettings):
         return Sampling(self.regions, self.foreground_share, self.foreground, (self.background, self.foreground))
 
 
-def small(channels: int) -> nn.Sequential:
+def small(channels: int, norm: Norm = "group") -> nn.Sequential:
     """Four 3x3 convolutions to 64 channels at stride 4, and a last 2x2 maximum."""
     layers: list[nn.Module] = []
     for before, after, stride in ((channels, 16, 2), (16, 32, 2), (32, 64, 1), (64, 64, 1)):
-        layers += [nn.Conv2d(before, after, 3, stride, padding=1), nn.GroupNorm(after // 8, after), nn.ReLU()]
+        layers += [nn.Conv2d(before, after, 3, stride, padding=1), norm_layer(norm, after), nn.ReLU()]
     return nn.Sequential(*layers, nn.MaxPool2d(2))
 
 

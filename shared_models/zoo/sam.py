@@ -215,7 +215,7 @@ class SAM(Promptable):
     sizes={
         "tiny": {
             "layers": 3, "width": 64, "mlp": 128, "heads": 4, "patch": 8, "window": 4, "global_layers": (2,),
-            "embedding": 64, "decoder_mlp": 128, "decoder_heads": 4,
+            "embedding": 128, "decoder_mlp": 128,
         },
         "b": {
             "layers": 12, "width": 768, "mlp": 3072, "heads": 12, "patch": 16, "window": 14,

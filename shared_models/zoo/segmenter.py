@@ -79,13 +79,7 @@ class Segmenter(nn.Module):
     settings=SegmenterSettings,
     sizes={
         "tiny": {
-            "layers": 2,
-            "width": 64,
-            "mlp": 128,
-            "heads": 2,
-            "patch": 4,
-            "position_std": 1.0,
-            "decoder_layers": 1,
+            "layers": 2, "width": 64, "mlp": 128, "heads": 2, "patch": 4, "position_std": 1.0, "decoder_layers": 1,
         },
         "ti16": {"layers": 12, "width": 192, "mlp": 768, "heads": 3, "patch": 16},
         "s16": {"layers": 12, "width": 384, "mlp": 1536, "heads": 6, "patch": 16},
@@ -100,7 +94,7 @@ class Segmenter(nn.Module):
     notes="Every patch sees the whole image from the first layer on. It wants pretrained weights or much data, and "
     "contours are as fine as its patches.",
     usual={"tiny": (3, 64, 64)} | dict.fromkeys(("ti16", "s16", "b16", "l16"), (3, 512, 512)),
-)
+)  # fmt: skip
 def build(settings: SegmenterSettings, shape: Shape, outputs: int) -> nn.Module:
     """(B, C, H, W) -> (B, outputs, H, W) logits.
 

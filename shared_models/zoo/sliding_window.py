@@ -3,7 +3,7 @@
 ======  ==========  ====  ======  =======================  ============  ===================
 size    channels    side  hidden  windows of a 3:4 image   M parameters  from
 ======  ==========  ====  ======  =======================  ============  ===================
-tiny    16, 32, 64  16    64      1,565                    0.04          ours
+tiny    16, 32, 64  16    64      1,985                    0.04          ours
 ======  ==========  ====  ======  =======================  ============  ===================
 
 A detection is a window itself: no box is moved, and what overlaps is left to non-maximum suppression. Each window is
@@ -181,7 +181,7 @@ def balanced(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     settings=SlidingWindowSettings,
     sizes={
         "tiny": {
-            "scales": (0.09, 0.15, 0.26, 0.45, 0.8), "ratios": (1.0,), "step": 0.38, "side": 16,
+            "scales": (0.08, 0.14, 0.24, 0.42, 0.7), "ratios": (1.0,), "step": 0.38, "side": 16,
             "channels": (16, 32, 64), "hidden": 64, "windows": 64,
         },
     },

@@ -14,6 +14,7 @@ paper's are not, and it predicts the middle of a larger, mirrored image. The pap
 from __future__ import annotations
 
 from itertools import pairwise
+from math import ceil, floor
 from typing import Literal
 
 import torch
@@ -106,13 +107,11 @@ def build(settings: UNetSettings, shape: Shape, outputs: int) -> nn.Module:
     step = 2**settings.depth
     channels, *sides = shape
     if any(side % step for side in sides):
-        smaller, larger = (
-            "x".join(str(max(step, round_to * step)) for round_to in counts)
-            for counts in ([side // step for side in sides], [-(-side // step) for side in sides])
-        )
+        fitting = {tuple(max(step, step * round_(side / step)) for side in sides) for round_ in (floor, ceil)}
+        nearest = " and ".join(f"{height}x{width}" for height, width in sorted(fitting))
         raise ConfigError(
             f"model 'unet' of depth {settings.depth} cannot take an image of {sides[0]}x{sides[1]} pixels: "
             f"both sides should be multiples of {step}",
-            hint=f"The nearest sizes that fit are {smaller} and {larger}; a smaller depth fits more sizes",
+            hint=f"Sizes that fit: {nearest}; a smaller depth fits more",
         )
     return UNet(settings, channels, outputs)

@@ -96,7 +96,7 @@ def test_tiny_windows_cover_every_square() -> None:
     settings = configure("sliding-window", {})[1]
     assert isinstance(settings, SlidingWindowSettings)
     windows = slide(settings.scales, settings.ratios, settings.step, 120, 160)
-    assert len(windows) == 1565
+    assert len(windows) == 1985
     assert ((windows >= 0) & (windows <= 1)).all()
     source = torch.Generator().manual_seed(0)
     side = (0.08 + 0.72 * torch.rand(500, 1, generator=source)) * torch.tensor([0.75, 1.0])
