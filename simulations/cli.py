@@ -35,9 +35,7 @@ def demo(
 
 
 @app.command()
-def simulate(
-    job: JobFile, set: Set = None, out: Out = None, skip_bad: SkipBad = 0, as_json: Json = False
-) -> None:
+def simulate(job: JobFile, set: Set = None, out: Out = None, skip_bad: SkipBad = 0, as_json: Json = False) -> None:
     """Run one job as it stands, in this process, on simulated sites."""
     from shared_models.job import Job
     from simulations.compare import load_sites, require_enough, run_one

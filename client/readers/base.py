@@ -271,7 +271,8 @@ def split(store: Store, rows: Tensor | None = None) -> Splits:
 
     The owner's own split is taken where there is one. Otherwise a sample's part follows from the SHA-256 of its name,
     60 / 20 / 20 on average: it never changes when samples are added, and does not depend on a seed. With
-    `data.parts = "blocks"` the first 60 % in the order of names (`natural`) are train, the next 20 % validation, the rest test.
+    `data.parts = "blocks"` the first 60 % in the order of names (`natural`) are train, the next 20 % validation, the
+    rest test.
 
     Raises:
         DataError: a part would be empty.

@@ -15,7 +15,8 @@ written out, as in `vit`.
 
 DETR is slow to learn: the paper trains 500 epochs, mostly because a query has to find out where to look. `tiny`
 therefore starts each query at a point of its own (`anchors`; Wang et al. 2022, Anchor DETR). On 8 blood smears (BCCD at
-160x120 pixels, 143 cells) AdamW 0.001 with clip 1 reaches a training mAP50 of 0.99 in 400 steps, without anchors 0.24.
+160x120 pixels, 143 cells; AdamW 0.001, clip 1, cosine over 800 steps) that is a training mAP50 of 0.99 instead of 0.27
+after 400 steps, and 1.00 instead of 0.39 at the end (one seed).
 
 Hugging Face's weights load into the paper's sizes. Those of the authors hold the three projections of each attention
 as one tensor, `in_proj_weight`, which is to be cut in three before.

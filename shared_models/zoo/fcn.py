@@ -8,8 +8,8 @@ paper     vgg16     4096    none   0.5      134,376,863  Long et al. 2015, FCN-8
 resnet50  resnet50  512     group  0.1      32,957,013   torchvision's FCN-ResNet50 (`norm = "batch"`)
 ========  ========  ======  =====  =======  ===========  =============================================
 
-Parameters at three channels and the 21 classes of PASCAL VOC. Weights of torchvision's VGG-16 (`norm = "none"`, or
-`"batch"` for its VGG-16-BN), ResNet-50 and FCN-ResNet50 load as they are.
+Parameters at three channels and the 21 classes of PASCAL VOC. The convolutions of torchvision's VGG-16 (`norm = "none"`,
+or `"batch"` for its VGG-16-BN), its ResNet-50 and its FCN-ResNet50 load as they are.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class SkipFCN(nn.Module):
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
         self.scale = 2 ** (len(widths) - 2)
-        self.classifier = nn.Sequential(
+        self.hidden = nn.Sequential(
             *_convolution(widths[-1], settings.hidden, kernel, settings.norm), nn.Dropout(settings.dropout),
             *_convolution(settings.hidden, settings.hidden, 1, settings.norm), nn.Dropout(settings.dropout),
         )  # fmt: skip
@@ -96,7 +96,9 @@ class SkipFCN(nn.Module):
                 nn.init.zeros_(module.get_parameter("bias"))
         self.score = nn.Conv2d(settings.hidden, outputs, 1)
         self.skips = nn.ModuleList(nn.Conv2d(width, outputs, 1) for width in (widths[-2], widths[-3]))
-        self.doubles = nn.ModuleList(nn.ConvTranspose2d(outputs, outputs, 4, 2, padding=1, bias=False) for _ in "ab")
+        self.doubles = nn.ModuleList(
+            nn.ConvTranspose2d(outputs, outputs, 4, 2, padding=1, bias=False) for _ in self.skips
+        )
         for skip, double in zip(self.skips, self.doubles, strict=True):
             nn.init.zeros_(skip.get_parameter("weight"))  # "the net starts with unmodified predictions" (section 4.2)
             nn.init.zeros_(skip.get_parameter("bias"))
@@ -110,7 +112,7 @@ class SkipFCN(nn.Module):
             x = layer(x)
             if isinstance(layer, nn.MaxPool2d):
                 pooled.append(x)
-        y = self.score(self.classifier(x))  # (B, K, H/32, W/32) with VGG-16
+        y = self.score(self.hidden(x))  # (B, K, H/32, W/32) with VGG-16
         for skip, double, seen in zip(self.skips, self.doubles, (pooled[-2], pooled[-3]), strict=True):
             y = double(y)[..., : seen.shape[2], : seen.shape[3]] + skip(seen)  # (B, K, H/16, W/16), then H/8, W/8
         y = F.interpolate(y, scale_factor=self.scale, mode="bilinear", align_corners=False)

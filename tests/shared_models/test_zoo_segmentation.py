@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,14 @@ def unet(width: int, depth: int, channels: int, classes: int, norm: int) -> int:
     return total + norm * 2 * 2 * (sum(w) + sum(w[:-1]))  # two norms a level, scale and shift of each channel
 
 
-def skip_fcn(
-    widths: tuple[int, ...], counts: tuple[int, ...], kernel: int, hidden: int, classes: int, norm: int
-) -> int:
+def skip_fcn(blocks: tuple[tuple[int, int], ...], kernel: int, hidden: int, classes: int, norm: int) -> int:
+    """Blocks of (channels, convolutions), two hidden layers, and scores at three places."""
     total, before = 0, 3
-    for width, count in zip(widths, counts, strict=True):
+    for width, count in blocks:
         total += conv(before, width) + (count - 1) * conv(width, width) + norm * count * 2 * width
         before = width
     total += conv(before, hidden, kernel) + conv(hidden, hidden, 1) + norm * 2 * 2 * hidden
-    total += conv(hidden, classes, 1) + conv(widths[-2], classes, 1) + conv(widths[-3], classes, 1)
+    total += conv(hidden, classes, 1) + conv(blocks[-2][0], classes, 1) + conv(blocks[-3][0], classes, 1)
     return total + 2 * classes**2 * 4**2  # two learned doublings
 
 
@@ -88,9 +88,9 @@ SEGMENTERS = [("ti16", 12, 192, 7), ("s16", 12, 384, 27), ("b16", 12, 768, 106),
         ("unet", "tiny", (1, 64, 64), 2, unet(16, 3, 1, 2, 1), 483_170),
         (
             "fcn", "paper", (3, 500, 500), 21,
-            skip_fcn((64, 128, 256, 512, 512), (2, 2, 3, 3, 3), 7, 4096, 21, 0), 134_376_863,
+            skip_fcn(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)), 7, 4096, 21, 0), 134_376_863,
         ),  # "134M", Long et al. 2015, Table 1
-        ("fcn", "tiny", (3, 64, 64), 21, skip_fcn((16, 32, 64), (2, 2, 2), 3, 64, 21, 1), 130_399),
+        ("fcn", "tiny", (3, 64, 64), 21, skip_fcn(((16, 2), (32, 2), (64, 2)), 3, 64, 21, 1), 130_399),
         # ResNet-50 without its head, a 3x3 convolution and its norm, the scores: torchvision's 32.95M
         ("fcn", "resnet50", (3, 520, 520), 21, 23_508_032 + 9 * 2048 * 512 + 1024 + conv(512, 21, 1), 32_957_013),
         (
@@ -131,6 +131,15 @@ def test_every_size_takes_its_usual_image_and_says_a_class_for_each_pixel(name: 
     for size, shape in declared.usual.items():
         with torch.device("meta"):
             assert build(name, shape, 5, size=size)(torch.empty(2, *shape)).shape == (2, 5, *shape[1:])
+
+
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name in NAMES for size in models[name].sizes])
+def test_heads_are_the_entries_that_the_number_of_classes_shapes(name: str, size: str) -> None:
+    declared = models[name]
+    with torch.device("meta"):
+        few, many = (build(name, declared.usual[size], k, size=size).state_dict() for k in (3, 4))
+    shaped = {key for key, value in few.items() if value.shape != many[key].shape}
+    assert {key for key in few if any(fnmatchcase(key, p) for p in declared.heads)} == shaped
 
 
 # ---- FCN -------------------------------------------------------------------------------------------------------------
@@ -181,7 +190,7 @@ def test_fcn_starts_with_unmodified_predictions() -> None:
     """Before any training the logits are the coarsest scores, interpolated; the skip connections are silent."""
     net = build("fcn", (1, 128, 128))
     x = torch.randn(1, 1, 128, 128)
-    scores = net.score(net.classifier(net.features(x)))
+    scores = net.score(net.hidden(net.features(x)))
     y = F.interpolate(scores, scale_factor=2, mode="bilinear", align_corners=False)
     y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
     y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
@@ -378,7 +387,7 @@ def drawn(count: int, side: int) -> Batch:
 
 @pytest.mark.parametrize(
     ("name", "rate", "steps"),
-    [("fcn", 0.005, 25), ("patchwise", 0.005, 25), ("segmenter", 0.005, 50), ("unet", 0.005, 15)],
+    [("fcn", 0.01, 36), ("patchwise", 0.005, 44), ("segmenter", 0.003, 50), ("unet", 0.005, 40)],
 )
 def test_tiny_learns_eight_images(name: str, rate: float, steps: int) -> None:
     job = Job.resolve({
