@@ -66,18 +66,16 @@ def test_the_most_similar_neighbours_merge_first() -> None:
 
 
 def test_a_merged_region_has_the_mean_histogram_of_its_pixels() -> None:
-    """Regions a (3 pixels), b (1) merge; then c goes to what is more like the mean (0.75, 0.25), not like b."""
+    """b (3 pixels) and d (1) go first and share 0.525 with c: less than a does, 0.54. An unweighted mean has 0.55."""
     first = _Regions(
         pixels=100,
-        sizes=np.array([3, 1, 1, 1], np.float32),
+        sizes=np.array([1, 3, 1, 1], np.float32),
         boxes=np.array([[0, 0, 1, 1]] * 4, np.float32),
-        histograms=np.array([[1, 0], [0, 1], [0.5, 0.5], [0.1, 0.9]], np.float32),
+        histograms=np.array([[0.96, 0.04], [0, 1], [0.5, 0.5], [0.1, 0.9]], np.float32),
         touching=~np.eye(4, dtype=bool),
     )
-    order = _merge(first, first.histograms)[
-        1
-    ]  # b and d (0.9 shared), then the mean (0.05, 0.95) or a with c: 0.55, 0.5
-    np.testing.assert_allclose(order, [3 / 4, 1 / 4, 2 / 4, 1 / 4, 2 / 4, 3 / 4, 1])
+    ends = _merge(first, first.histograms)[1]
+    np.testing.assert_allclose(ends, [2 / 4, 1 / 4, 2 / 4, 1 / 4, 3 / 4, 3 / 4, 1])  # a, b, c, d, bd, ac, all
 
 
 def test_histograms_count_colours_and_the_direction_of_gradients() -> None:
@@ -104,18 +102,19 @@ def test_first_regions_cover_the_image() -> None:
     assert regions.touching.any(axis=1).all()
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3])
 def test_it_finds_what_is_drawn(channels: int) -> None:
-    images, truths = drawn(12, channels)
-    assert recall(propose(images, 200), truths) >= 0.95
-    assert recall(propose(images, 200).flip(0), truths) < 0.8  # another image's proposals do not
+    images, truths = drawn(6, channels)
+    found = propose(images, 200)
+    assert recall(found, truths) >= 0.95
+    assert recall(found.flip(0), truths) < 0.8  # another image's proposals do not
 
 
 def test_boxes_are_fractions_apart_from_each_other_and_padded_at_the_end() -> None:
-    images = torch.cat([drawn(3)[0], torch.full((1, 3, 64, 64), 90, dtype=torch.uint8)])
+    images = torch.cat([drawn(2)[0], torch.full((1, 3, 64, 64), 90, dtype=torch.uint8)])
     images = images[..., :40]  # 64 high, 40 wide
     found = propose(images, 400)
-    assert found.shape == (4, 400, 4)
+    assert found.shape == (3, 400, 4)
     assert found.dtype == torch.float32
     for boxes in found:
         count = int((area(boxes) > 0).sum())
@@ -139,7 +138,7 @@ def test_the_image_alone_decides() -> None:
     before = torch.get_rng_state()
     found = propose(images, 60)
     assert torch.equal(torch.get_rng_state(), before)
-    np.random.seed(5)  # noqa: NPY002
+    np.random.seed(5)
     assert torch.equal(propose(images, 60), found)
     assert torch.equal(propose(images[1:2], 60)[0], found[1])  # whatever lies beside it
     assert torch.equal(propose(images, 20), found[:, :20])  # a limit cuts off the end
@@ -156,7 +155,7 @@ def test_it_finds_blood_cells(real_data: Path) -> None:
     """Cells that overlap; the docstring of `client.proposals` gives the recall on all images."""
     folder = real_data / "bccd" / "BCCD"
     images, truths = [], []
-    for path in sorted((folder / "JPEGImages").glob("*.jpg"))[:20]:
+    for path in sorted((folder / "JPEGImages").glob("*.jpg"))[:8]:
         picture = Image.open(path)
         width, height = picture.size
         images.append(torch.from_numpy(np.array(picture.resize((160, 120)))).permute(2, 0, 1))
