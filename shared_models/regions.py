@@ -165,7 +165,7 @@ def crop(features: Tensor, regions: Tensor, side: int, points: int = 1) -> Tenso
 
 def _interpolation(low: Tensor, high: Tensor, size: int, side: int, points: int) -> Tensor:
     """(B, S) ends in [0, 1] -> (B, S, side, size): the weight of each pixel of a line in each bin."""
-    steps = (torch.arange(side * points, device=low.device) + 0.5) / (side * points)
+    steps = (torch.arange(side * points, dtype=low.dtype, device=low.device) + 0.5) / (side * points)
     places = (low[..., None] + (high - low)[..., None] * steps) * size - 0.5  # pixel i has its centre at i
     inside = (places >= -1) & (places <= size)
     pixels = torch.arange(size, device=low.device)

@@ -489,13 +489,13 @@ def map50(found: Tensor, y: Tensor) -> float:
     return float(metric.compute()["map"])
 
 
-@pytest.mark.parametrize(("name", "steps"), [("rcnn", 40), ("sppnet", 80), ("fast-rcnn", 80)])
+@pytest.mark.parametrize(("name", "steps"), [("rcnn", 60), ("sppnet", 80), ("fast-rcnn", 80)])
 def test_it_learns_drawn_images_by_heart(name: str, steps: int) -> None:
     pytest.importorskip("torchmetrics.detection")
     images, y = drawn()
     proposals = propose(images, 60)
     x = images.float() / 128 - 1
-    net: RegionDetector = build(name, regions=32)
+    net: RegionDetector = build(name, regions=24)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     assert map50(net.eval()(x, y, proposals)["found"], y) < 0.5
     net.train()
