@@ -25,8 +25,8 @@ class PromptableSettings(TaskSettings):
         background: labels whose pixels belong to no object; by default the first label alone.
         smallest: pixels that an object has at least; smaller components are passed over.
         focal: weight of the focal loss.
-        alpha: share of the focal loss that the object's pixels have, the others 1 - alpha; where objects are small beside
-            the image, more than the 0.25 of Lin et al. 2017 lets a model sooner answer more than nothing.
+        alpha: share of the focal loss that the object's pixels have, the others 1 - alpha; where objects are small
+            beside the image, more than the 0.25 of Lin et al. 2017 lets a model sooner answer more than nothing.
         dice: weight of the Dice loss.
         overlap: weight of the squared error of the expected IoU.
     """

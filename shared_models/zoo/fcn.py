@@ -8,8 +8,8 @@ paper     vgg16     4096    none   0.5      134,376,863  Long et al. 2015, FCN-8
 resnet50  resnet50  512     group  0.1      32,957,013   torchvision's FCN-ResNet50 (`norm = "batch"`)
 ========  ========  ======  =====  =======  ===========  =============================================
 
-Parameters at three channels and the 21 classes of PASCAL VOC. The convolutions of torchvision's VGG-16 (`norm = "none"`,
-or `"batch"` for its VGG-16-BN), its ResNet-50 and its FCN-ResNet50 load as they are.
+Parameters at three channels and the 21 classes of PASCAL VOC. The convolutions of torchvision's VGG-16
+(`norm = "none"`, or `"batch"` for its VGG-16-BN), its ResNet-50 and its FCN-ResNet50 load as they are.
 """
 
 from __future__ import annotations
