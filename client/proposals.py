@@ -137,7 +137,7 @@ def _merge(first: _Regions, histograms: Array) -> tuple[Array, Array]:
     touching, count = first.touching.copy(), len(first.sizes)
 
     def alike(one: int, others: NDArray[Any]) -> Array:
-        """Of a region and its neighbours, (m,): colour and texture (eq. 1, 2), size (eq. 4) and fill (eq. 5).
+        """Of a region and its neighbours, (m,): colour and texture (eq. 1, 3), size (eq. 4) and fill (eq. 5).
 
         The pixels of the two cancel out in the sum of size and fill; what is left is their common box.
         """

@@ -19,6 +19,7 @@ from shared_models.detection import best_boxes
 SPREAD = (0.1, 0.1, 0.2, 0.2)  # about the standard deviations of t_x, t_y, t_w, t_h around a good proposal
 LARGEST = math.log(1000 / 16)  # of t_w and t_h: no region grows more than that
 IGNORED = -1  # the class of a region that is neither object nor background
+TIE = 1e-5  # of an IoU: what differs by less is as near, whatever rounding says
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -99,7 +100,7 @@ def label(regions: Tensor, y: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
     foreground = (overlap >= how.foreground) & (overlap > 0)
     if how.nearest:
         nearest = overlaps.amax(dim=1, keepdim=True)  # (B, 1, M + 1)
-        hit = (overlaps == nearest) & (nearest > 0) & (y[..., 0] >= 0)[:, None]
+        hit = (overlaps >= (1 - TIE) * nearest) & (nearest > 0) & (y[..., 0] >= 0)[:, None]
         foreground = foreground | hit.any(dim=2)
     background = (overlap >= low) & (overlap < high) & (area(regions) > 0)
     kinds = torch.where(foreground, own[..., 0].long() + 1, torch.where(background, 0, IGNORED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from typing import ClassVar, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from shared_models.promptable import Masks, Promptable
-from shared_models.prompts import DRAWS, NONE, Prompt, by_box, by_chance, by_point, choose
+from shared_models.prompts import DRAWS, NONE, Object, Prompt, by_box, by_chance, by_point, choose
 from shared_models.tasks.base import IGNORED, Batch, Task, TaskSettings, task
 from shared_models.tasks.segmentation import at_size
 
@@ -25,8 +26,8 @@ class PromptableSettings(TaskSettings):
         background: labels whose pixels belong to no object; by default the first label alone.
         smallest: pixels that an object has at least; smaller components are passed over.
         focal: weight of the focal loss.
-        alpha: share of the focal loss that the object's pixels have, the others 1 - alpha; where objects are small
-            beside the image, more than the 0.25 of Lin et al. 2017 lets a model sooner answer more than nothing.
+        alpha: weight of the object's pixels within the focal loss, that of the others is 1 - alpha. Where objects are
+            small beside the image, more than the 0.25 of Lin et al. 2017 leads sooner past the answer "nothing".
         dice: weight of the Dice loss.
         overlap: weight of the squared error of the expected IoU.
     """
@@ -103,24 +104,26 @@ class PromptableSegmentation(Task):
         generator, with as many numbers for every image. In evaluation it is the largest object, named by its innermost
         point, and once more by its box.
         """
-        segmenter, masks, classes = cast(Promptable, model), batch.y.cpu().numpy(), self.settings.classes
-        if not model.training:
-            objects = [choose(mask, classes, self.settings.smallest) for mask in masks]
-            image = segmenter.encode(batch.x)
-            point, box = (_stacked([name(thing) for thing in objects], image.device) for name in (by_point, by_box))
-            answers = segmenter.decode(image, *point), segmenter.decode(image, *box)
-        else:
-            draws = torch.rand(len(batch), DRAWS).tolist()
-            objects = [
-                choose(mask, classes, self.settings.smallest, u[0]) for mask, u in zip(masks, draws, strict=True)
-            ]
-            image = segmenter.encode(batch.x)
+        segmenter = cast(Promptable, model)
+        draws = torch.rand(len(batch), DRAWS).tolist() if model.training else []
+        objects = self._objects(batch, [u[0] for u in draws])
+        image = segmenter.encode(batch.x)
+        if model.training:
             prompt = _stacked([by_chance(o, u[1:]) for o, u in zip(objects, draws, strict=True)], image.device)
             first = segmenter.decode(image, *prompt)
             answers = first, segmenter.decode(image, *prompt, best(first).detach(), single=True)
+        else:
+            point, box = (_stacked([name(thing) for thing in objects], image.device) for name in (by_point, by_box))
+            answers = segmenter.decode(image, *point), segmenter.decode(image, *box)
         target = torch.stack([torch.from_numpy(thing.pixels) for thing in objects]).to(image.device)
         labels = torch.tensor([thing.label for thing in objects], device=image.device)
         return Answers(answers, target, labels)
+
+    def _objects(self, batch: Batch, draws: Sequence[float]) -> list[Object]:
+        """One object of each image, by numbers from [0, 1); without any, the largest."""
+        classes, smallest = self.settings.classes, self.settings.smallest
+        masks = batch.y.cpu().numpy()
+        return [choose(mask, classes, smallest, u) for mask, u in zip(masks, draws or repeat(None), strict=False)]
 
     def loss(self, outputs: Answers, batch: Batch) -> Tensor:
         """Mean over both answers of: the least loss of a candidate, and the mean squared error of the scores, (B,).

@@ -93,14 +93,14 @@ class Patchwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, outputs, H, W) logits; the image is mirrored at its border, as in the paper."""
         height, width = x.shape[2:]
-        down, right = (-(-(side - 1) // self.stride) * self.stride for side in (height, width))  # the last grid pixel
+        bottom, right = (-(-(side - 1) // self.stride) * self.stride for side in (height, width))  # the last grid pixel
         half = self.patch // 2
-        x = F.pad(x, (half, half + right - width + 1, half, half + down - height + 1), mode="reflect")
+        x = F.pad(x, (half, half + right - width + 1, half, half + bottom - height + 1), mode="reflect")
         patches = x.unfold(2, self.patch, self.stride).unfold(3, self.patch, self.stride)  # (B, C, h, w, patch, patch)
         rows = [self.net(row.transpose(1, 2).flatten(0, 1)) for row in patches.unbind(2)]  # h of (B w, outputs)
-        scores = torch.stack([row.unflatten(0, (len(x), -1)) for row in rows], dim=1)  # (B, h, w, outputs)
-        size = (down + 1, right + 1)
-        logits = F.interpolate(scores.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=True)
+        scores = torch.stack(rows).unflatten(1, (len(x), patches.shape[3]))  # (h, B, w, outputs)
+        size = (bottom + 1, right + 1)
+        logits = F.interpolate(scores.permute(1, 3, 0, 2), size, mode="bilinear", align_corners=True)
         return logits[..., :height, :width]
 
 

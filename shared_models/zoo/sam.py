@@ -3,7 +3,7 @@
 ====  ======  =====  =====  =====  ======  ========  =========  ============  ============================
 size  layers  width  heads  patch  window  global    embedding  M parameters  from
 ====  ======  =====  =====  =====  ======  ========  =========  ============  ============================
-tiny  3       64     4      8      4       the last  64         0.3           ours, for 32 to 128 pixels
+tiny  3       64     4      8      4       the last  128        0.8           ours, for 32 to 128 pixels
 b     12      768    12     16     14      4 of 12   256        93.7          published weights, ViT-B
 l     24      1024   16     16     14      4 of 24   256        312.3         published weights, ViT-L
 h     32      1280   16     16     14      4 of 32   256        641.1         published weights, ViT-H

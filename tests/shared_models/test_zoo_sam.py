@@ -1,0 +1,616 @@
+"""Segment Anything against its published form, and promptable segmentation against numbers computed by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from shared_models.errors import ConfigError
+from shared_models.models import configure
+from shared_models.promptable import HIGH_CORNER, INSIDE, LOW_CORNER, OUTSIDE, PADDING, Masks, Promptable
+from shared_models.prompts import DRAWS, NONE, by_box, by_chance, by_point, choose
+from shared_models.sam_decoder import CrossAttention, FourierPositions
+from shared_models.tasks.base import IGNORED, Batch, Task, add_sums, tasks
+from shared_models.tasks.promptable import Answers, best, dice_loss, focal_loss, overlaps
+from shared_models.validation import validate
+from shared_models.zoo.sam import GridAttention, WindowBlock
+
+LABELS = ("background", "cell", "nucleus")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def sam(shape: tuple[int, ...] = (1, 32, 32), *, seed: int = 0, **keys: Any) -> Any:
+    torch.manual_seed(seed)
+    chosen, settings = configure("sam", keys)
+    return chosen.build(settings, shape, 3)
+
+
+def promptable(**keys: Any) -> Any:
+    declared = tasks["promptable"]
+    return declared(validate(declared.Settings, {"labels": LABELS, **keys}, "[task]"))
+
+
+def drawn(count: int = 8, shape: tuple[int, ...] = (1, 32, 32), seed: int = 0, task: Task | None = None) -> Batch:
+    return (task or promptable()).draw(shape, count, torch.Generator().manual_seed(seed))
+
+
+def some_prompts(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A point of each kind, a box and padding."""
+    points = torch.rand(count, 5, 2, generator=torch.Generator().manual_seed(seed))
+    return points, torch.tensor([INSIDE, OUTSIDE, LOW_CORNER, HIGH_CORNER, PADDING]).expand(count, -1)
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "count", "entries"),
+    [
+        ("b", (3, 1024, 1024), 93_735_472, 314),
+        ("l", (3, 1024, 1024), 312_342_832, 482),
+        ("h", (3, 1024, 1024), 641_090_608, 594),
+        ("tiny", (3, 64, 64), 836_192, 188),
+    ],
+)
+def test_parameter_counts(size: str, shape: tuple[int, ...], count: int, entries: int) -> None:
+    with torch.device("meta"):
+        net = sam(shape, size=size)
+    assert sum(p.numel() for p in net.parameters()) == count
+    assert len(net.state_dict()) == entries
+
+
+def published_keys(layers: int) -> list[str]:
+    """The keys of `sam_vit_b_01ec64.pth` (12 layers) and its larger sisters, in order."""
+
+    def both(*names: str) -> list[str]:
+        return [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+
+    def attention(name: str) -> list[str]:
+        return both(*(f"{name}.{part}_proj" for part in ("q", "k", "v", "out")))
+
+    keys = ["image_encoder.pos_embed", *both("image_encoder.patch_embed.proj")]
+    for i in range(layers):
+        block = f"image_encoder.blocks.{i}"
+        keys += [*both(f"{block}.norm1"), f"{block}.attn.rel_pos_h", f"{block}.attn.rel_pos_w"]
+        keys += both(*(f"{block}.{name}" for name in ("attn.qkv", "attn.proj", "norm2", "mlp.lin1", "mlp.lin2")))
+    keys += ["image_encoder.neck.0.weight", *both("image_encoder.neck.1")]
+    keys += ["image_encoder.neck.2.weight", *both("image_encoder.neck.3")]
+    keys += ["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"]
+    keys += [f"prompt_encoder.point_embeddings.{i}.weight" for i in range(4)]
+    keys += ["prompt_encoder.not_a_point_embed.weight"]
+    keys += both(*(f"prompt_encoder.mask_downscaling.{i}" for i in (0, 1, 3, 4, 6)))
+    keys += ["prompt_encoder.no_mask_embed.weight"]
+    for i in range(2):
+        layer = f"mask_decoder.transformer.layers.{i}"
+        keys += attention(f"{layer}.self_attn") + both(f"{layer}.norm1")
+        keys += attention(f"{layer}.cross_attn_token_to_image") + both(f"{layer}.norm2")
+        keys += both(*(f"{layer}.{name}" for name in ("mlp.lin1", "mlp.lin2", "norm3", "norm4")))
+        keys += attention(f"{layer}.cross_attn_image_to_token")
+    keys += attention("mask_decoder.transformer.final_attn_token_to_image")
+    keys += both("mask_decoder.transformer.norm_final_attn")
+    keys += ["mask_decoder.iou_token.weight", "mask_decoder.mask_tokens.weight"]
+    keys += both(*(f"mask_decoder.output_upscaling.{i}" for i in (0, 1, 3)))
+    keys += both(*(f"mask_decoder.output_hypernetworks_mlps.{i}.layers.{j}" for i in range(4) for j in range(3)))
+    return keys + both(*(f"mask_decoder.iou_prediction_head.layers.{j}" for j in range(3)))
+
+
+def test_keys_and_shapes_are_those_of_the_published_weights() -> None:
+    with torch.device("meta"):
+        net = sam((3, 1024, 1024), size="b")
+    shapes = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    assert list(shapes) == published_keys(12)
+    expected = {
+        "image_encoder.pos_embed": (1, 64, 64, 768),
+        "image_encoder.blocks.0.attn.rel_pos_h": (27, 64),  # within windows of 14
+        "image_encoder.blocks.2.attn.rel_pos_w": (127, 64),  # over the whole image
+        "image_encoder.neck.2.weight": (256, 256, 3, 3),
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": (2, 128),
+        "prompt_encoder.mask_downscaling.6.weight": (256, 16, 1, 1),
+        "mask_decoder.transformer.layers.1.self_attn.q_proj.weight": (256, 256),
+        "mask_decoder.transformer.layers.1.cross_attn_image_to_token.out_proj.weight": (256, 128),
+        "mask_decoder.mask_tokens.weight": (4, 256),
+        "mask_decoder.output_upscaling.3.weight": (64, 32, 2, 2),
+        "mask_decoder.output_hypernetworks_mlps.3.layers.2.weight": (32, 256),
+        "mask_decoder.iou_prediction_head.layers.2.bias": (4,),
+    }
+    assert {key: shapes[key] for key in expected} == expected
+    buffers = [key for key, _ in net.named_buffers()]
+    assert buffers == ["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "shape", "size"),
+    [
+        ({}, (1, 32, 32), (16, 16)),
+        ({}, (3, 24, 40), (12, 20)),  # windows of 4 do not divide a grid of 3 x 5
+        ({"patch": 16}, (3, 64, 32), (16, 8)),  # a quarter of each side, as in the paper
+    ],
+)
+def test_masks_are_four_times_as_fine_as_patches(
+    keys: dict[str, Any], shape: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    net = sam(shape, **keys)
+    points, labels = some_prompts(2)
+    masks = net(torch.randn(2, *shape), points, labels)
+    assert masks.logits.shape == (2, 3, *size)
+    assert masks.scores.shape == (2, 3)
+    image = net.encode(torch.randn(2, *shape))
+    again = net.decode(image, points, labels, masks.logits[:, 0], single=True)
+    assert again.logits.shape == (2, 1, *size)
+    assert again.scores.shape == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "shape", "message"),
+    [
+        (
+            {}, (1, 32, 36),
+            "model 'sam' cannot cut an image of 32x36 pixels into patches of side 8. "
+            "Set patch to one of 1, 2, 4, or the image size to a multiple of 8",
+        ),
+        ({"heads": 5}, (1, 32, 32), "[model] sam: width 64 should be a multiple of heads 5"),
+        ({"decoder_heads": 3}, (1, 32, 32), "embedding 128 should be a multiple of twice the decoder_heads 3"),
+        ({"embedding": 12}, (1, 32, 32), "'embedding' should be a multiple of 8, not 12"),
+        ({"global_layers": [0, 3]}, (1, 32, 32), "global_layers names block 3, the last of 3 is 2"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be(keys: dict[str, Any], shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        sam(shape, **keys)
+    assert message in str(error.value)
+
+
+def test_the_seed_of_torch_draws_everything() -> None:
+    first, again, other = (sam(seed=s).state_dict() for s in (3, 3, 4))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    matrix = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+    assert not torch.equal(first[matrix], other[matrix])
+
+
+def test_grid_attention_pair_by_pair() -> None:
+    """Every score as its formula says, on a grid of 2 x 3."""
+    torch.manual_seed(0)
+    h, w, heads, d = 2, 3, 2, 4
+    attention = GridAttention(heads * d, heads, (h, w)).double()
+    nn.init.normal_(attention.rel_pos_h)
+    nn.init.normal_(attention.rel_pos_w)
+    x = torch.randn(1, h, w, heads * d, dtype=torch.float64)
+    q, k, v = attention.qkv(x).reshape(h * w, 3, heads, d).unbind(1)  # (N, heads, d)
+    out = torch.zeros(h * w, heads, d, dtype=torch.float64)
+    for head in range(heads):
+        for i in range(h * w):
+            scores = [
+                q[i, head] @ k[j, head] / math.sqrt(d)
+                + q[i, head] @ attention.rel_pos_h[i // w - j // w + h - 1]
+                + q[i, head] @ attention.rel_pos_w[i % w - j % w + w - 1]
+                for j in range(h * w)
+            ]
+            out[i, head] = torch.stack(scores).softmax(0) @ v[:, head]
+    torch.testing.assert_close(attention(x), attention.proj(out.reshape(1, h, w, heads * d)))
+
+
+def test_one_window_is_the_whole_grid_and_more_do_not_see_each_other() -> None:
+    _, settings = configure("sam", {})
+    torch.manual_seed(0)
+    within = WindowBlock(settings, (4, 4), 4).double()
+    whole = WindowBlock(settings, (4, 4), 0).double()
+    whole.load_state_dict(within.state_dict())
+    x = torch.randn(1, 4, 4, settings.width, dtype=torch.float64)
+    torch.testing.assert_close(within(x), whole(x))
+    x = torch.randn(1, 6, 8, settings.width, dtype=torch.float64)  # filled up to 8 x 8: four windows
+    other = torch.cat([torch.randn_like(x[:, :, :1]), x[:, :, 1:]], dim=2)  # column 0 changes
+    moved = within(other) - within(x)
+    assert moved[:, :, :4].abs().amin() > 0
+    assert moved[:, :, 4:].abs().amax() == 0
+
+
+def test_cross_attention_is_torchs() -> None:
+    torch.manual_seed(0)
+    ours, theirs = CrossAttention(16, 4, 1), nn.MultiheadAttention(16, 4, batch_first=True)
+    theirs.in_proj_weight.data = torch.cat([ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight]).detach()
+    theirs.in_proj_bias.data = torch.cat([ours.q_proj.bias, ours.k_proj.bias, ours.v_proj.bias]).detach()
+    theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
+    query, key, value = torch.randn(2, 3, 16), torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    torch.testing.assert_close(ours(query, key, value), theirs(query, key, value)[0])
+
+
+def test_fourier_positions_by_formula() -> None:
+    places = FourierPositions(4)
+    places.positional_encoding_gaussian_matrix = torch.tensor([[0.25, 0.0], [0.0, 0.5]])
+    angles = [math.pi / 2 * 0.5, math.pi * -0.25]  # of x = 0.75 and y = 0.375, that is 0.5 and -0.25
+    expected = torch.tensor([*(math.sin(a) for a in angles), *(math.cos(a) for a in angles)])
+    torch.testing.assert_close(places(torch.tensor([0.75, 0.375])), expected)
+    grid = places.grid(4, 2)
+    assert grid.shape == (4, 4, 2)
+    torch.testing.assert_close(grid[:, 1, 1], places(torch.tensor([1.5 / 2, 1.5 / 4])))
+
+
+def test_padding_has_no_place_and_prompts_have_no_order() -> None:
+    net = sam().eval()
+    x, (points, labels) = torch.randn(2, 1, 32, 32), some_prompts(2)
+    said = net(x, points, labels)
+    moved = points.clone()
+    moved[:, 4] = 0.9  # padding
+    torch.testing.assert_close(net(x, moved, labels).logits, said.logits)
+    order = torch.tensor([4, 2, 0, 3, 1])
+    torch.testing.assert_close(net(x, points[:, order], labels[:, order]).logits, said.logits, rtol=1e-4, atol=1e-5)
+    for i in range(4):  # every other point has its place, and its kind
+        moved, other = points.clone(), labels.clone()
+        moved[:, i], other[:, i] = 0.99, (labels[:, i] + 1) % 4
+        assert (net(x, moved, labels).logits - said.logits).abs().amax() > 1e-4
+        assert (net(x, points, other).logits - said.logits).abs().amax() > 1e-4
+
+
+def test_per_sample_gradients_equal_a_loop_and_samples_do_not_mix() -> None:
+    net = sam(embedding=32, decoder_heads=4).double()
+    x, (points, labels) = torch.randn(3, 1, 32, 32).double(), some_prompts(3)
+    points = points.double()
+    weights = {k: v.detach() for k, v in net.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+        masks = functional_call(net, weights, (x[None], points[None], labels[None]))
+        return masks.logits.square().mean() + masks.scores.square().mean()
+
+    stacked = vmap(grad(loss), in_dims=(None, 0, 0, 0))(weights, x, points, labels)
+    together = net(x, points, labels)
+    for i in range(3):
+        alone = net(x[i : i + 1], points[i : i + 1], labels[i : i + 1])
+        torch.testing.assert_close(alone.logits[0], together.logits[i])
+        torch.testing.assert_close(alone.scores[0], together.scores[i])
+        one = grad(loss)(weights, x[i], points[i], labels[i])
+        for key in weights:
+            torch.testing.assert_close(stacked[key][i], one[key], atol=1e-10, rtol=1e-8, msg=key)
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+SCENE = np.array([
+    [1, 1, 0, 0, 0, 0, 0, 0],
+    [1, 1, 0, 2, 2, 2, 2, 2],
+    [0, 0, 1, 2, 2, 2, 2, 2],
+    [0, 0, 0, 2, 2, 2, 2, 2],
+    [1, 1, 255, 1, 1, 0, 0, 0],
+])  # fmt: skip
+PARTS = [4, 1, 2, 2, 15]  # pixels: four of class 1 in the order of their first pixel, for corners do not join; one of 2
+
+
+def test_objects_are_connected_components_of_one_class() -> None:
+    chosen = [choose(SCENE, [1, 2], 1, (i + 0.5) / 5) for i in range(5)]
+    assert [int(o.pixels.sum()) for o in chosen] == PARTS
+    assert [o.label for o in chosen] == [1, 1, 1, 1, 2]
+    assert [int(choose(SCENE, [1, 2], 2, u).pixels.sum()) for u in (0.0, 0.26, 0.51, 0.76)] == [4, 2, 2, 15]
+    assert choose(SCENE, [1, 2], 1).label == 2  # the largest
+    assert np.argwhere(choose(SCENE, [1], 1).pixels).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    nothing = choose(SCENE, [3], 1)
+    assert (nothing.label, nothing.pixels.any()) == (NONE, False)
+    assert choose(SCENE, [2], 16, 0.5).label == NONE
+
+
+def test_prompts_of_an_object_by_hand() -> None:
+    thing = choose(SCENE, [2], 1)  # rows 1 to 3, columns 3 to 7 of 5 x 8
+    assert by_box(thing).labels == (LOW_CORNER, HIGH_CORNER)
+    np.testing.assert_allclose(by_box(thing).points, [(3 / 8, 1 / 5), (1.0, 4 / 5)])
+    assert by_point(thing).labels == (INSIDE, PADDING)
+    np.testing.assert_allclose(by_point(thing).points[0], (4.5 / 8, 2.5 / 5))  # the first of the three innermost
+    nothing = choose(SCENE, [3], 1)
+    for prompt in (by_box(nothing), by_point(nothing), by_chance(nothing, [0.5] * 6)):
+        assert prompt.labels == (PADDING, PADDING)
+
+
+def test_random_prompts_are_points_of_the_object_or_boxes_near_it() -> None:
+    thing = choose(SCENE, [2], 1)
+    pixels, boxes = set(), []
+    for draws in torch.rand(600, DRAWS - 1, generator=torch.Generator().manual_seed(0)).tolist():
+        points, labels = by_chance(thing, draws)
+        if labels == (INSIDE, PADDING):
+            pixels.add((int(points[0, 1] * 5), int(points[0, 0] * 8)))
+        else:
+            boxes.append(points)
+    assert pixels == {(r, c) for r in (1, 2, 3) for c in range(3, 8)}
+    assert len(boxes) == pytest.approx(300, abs=40)
+    moved = np.stack(boxes) - by_box(thing).points
+    assert np.abs(moved).max() == pytest.approx(20 / 1024)
+    assert moved[:, 1, 0].max() == 0  # the box ends at the image's edge and stays in it
+    assert abs(moved[:, 0].mean()) < 0.002
+    np.testing.assert_allclose(by_chance(thing, [0.7, 0.3, 0.5, 0.5, 0.5, 0.5]).points, by_box(thing).points)
+    wide = choose(np.pad(np.ones((90, 10), dtype=int), ((5, 5), (45, 45))), [1], 1)  # 10 % of 0.1 is below the limit
+    up = by_chance(wide, [0.7, 0.3, 0.841345, 0.5, 0.158655, 0.5])  # one standard deviation right, and left
+    np.testing.assert_allclose(up.points[:, 0], (0.46, 0.54), atol=1e-6)
+
+
+# ---- the task --------------------------------------------------------------------------------------------------------
+
+
+class Told(Promptable):
+    """Says what it is told, and remembers what it is asked; logits (B, 3, h, w) and scores (B, 3)."""
+
+    def __init__(self, logits: Tensor, scores: Tensor) -> None:
+        super().__init__()
+        self.said = Masks(logits, scores)
+        self.images = 0
+        self.asked: list[dict[str, Any]] = []
+
+    def encode(self, x: Tensor) -> Tensor:
+        self.images += len(x)
+        return x
+
+    def decode(
+        self, image: Tensor, points: Tensor, labels: Tensor, mask: Tensor | None = None, *, single: bool = False
+    ) -> Masks:
+        self.asked.append({"points": points, "labels": labels, "mask": mask, "single": single})
+        return Masks(self.said.logits[:, :1], self.said.scores[:, :1]) if single else self.said
+
+
+def one_scene() -> Batch:
+    return Batch(torch.zeros(1, 1, 5, 8), torch.from_numpy(SCENE).to(torch.uint8)[None])
+
+
+def rectangle(rows: slice, columns: slice) -> Tensor:
+    """Logits (5, 8), 9 inside and -9 outside."""
+    logits = torch.full((5, 8), -9.0)
+    logits[rows, columns] = 9.0
+    return logits
+
+
+def test_evaluation_asks_for_the_largest_object_by_point_and_by_box() -> None:
+    model = Told(torch.zeros(1, 3, 5, 8), torch.zeros(1, 3)).eval()
+    outputs = promptable().forward(model, one_scene())
+    assert model.images == 1
+    point, box = model.asked
+    torch.testing.assert_close(point["points"], torch.tensor([[[4.5 / 8, 2.5 / 5], [0.0, 0.0]]]))
+    torch.testing.assert_close(box["points"], torch.tensor([[[3 / 8, 1 / 5], [1.0, 4 / 5]]]))
+    assert point["labels"].tolist() == [[INSIDE, PADDING]]
+    assert box["labels"].tolist() == [[LOW_CORNER, HIGH_CORNER]]
+    assert outputs.classes.tolist() == [2]
+    assert torch.equal(outputs.target[0], torch.from_numpy(SCENE == 2))
+
+
+def test_training_gives_the_best_candidate_back_to_be_improved() -> None:
+    torch.manual_seed(0)
+    logits, scores = torch.randn(1, 3, 5, 8), torch.tensor([[0.1, 0.7, 0.2]])
+    model = Told(logits, scores).train()
+    outputs = promptable().forward(model, one_scene())
+    first, second = model.asked
+    assert model.images == 1
+    assert (first["mask"], first["single"], second["single"]) == (None, False, True)
+    assert torch.equal(second["mask"], logits[:, 1])
+    assert torch.equal(first["points"], second["points"])
+    assert [m.logits.shape[1] for m in outputs.masks] == [3, 1]
+
+
+def test_metrics_by_hand() -> None:
+    """Object of 15 pixels. Point: 10 of them and nothing else; box: all of them, two ignored or not, and three more."""
+    task, batch = promptable(), one_scene()
+    batch.y[0, 1, 3], batch.y[0, 0, 7] = IGNORED, IGNORED  # a corner of the object does not count: 14 are left
+    target = batch.y == 2
+    ten = rectangle(slice(2, 4), slice(3, 8))
+    more = rectangle(slice(0, 4), slice(3, 8))  # 20 pixels, of which 18 count and 14 are right
+    empty = torch.full((5, 8), -9.0)
+    point = Masks(torch.stack([more, ten, empty])[None], torch.tensor([[0.3, 0.5, 0.4]]))
+    box = Masks(torch.stack([more, ten, empty])[None], torch.tensor([[0.9, 0.5, 0.4]]))
+    sums = task.sums(Answers((point, box), target, torch.tensor([2])), batch)
+    assert sums["iou"].tolist() == pytest.approx([10 / 14, 14 / 18])
+    assert sums["dice"].tolist() == pytest.approx([20 / 24, 28 / 32])
+    values = task.values(sums)
+    assert values["iou_point"] == pytest.approx(10 / 14)
+    assert values["iou_box"] == pytest.approx(14 / 18)
+    assert values["iou"] == pytest.approx((10 / 14 + 14 / 18) / 2)
+    assert values["dice"] == pytest.approx((20 / 24 + 28 / 32) / 2)
+    assert values["examples"] == 1
+    seen = task.predict(Answers((point, box), target, torch.tensor([2])), batch)[0]
+    assert torch.equal(seen, torch.where(ten > 0, 2, IGNORED))
+
+
+def test_losses_pixel_by_pixel() -> None:
+    source = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, generator=source, dtype=torch.float64)
+    target = torch.rand(2, 4, 5, generator=source) < 0.4
+    counted = torch.rand(2, 4, 5, generator=source) < 0.8
+    target = target & counted
+    focal, dice, iou = torch.zeros(3, 2, 3, dtype=torch.float64)
+    for b in range(2):
+        for n in range(3):
+            total = shared = both = 0.0
+            hits = union = 0
+            for row in range(4):
+                for column in range(5):
+                    if not counted[b, row, column]:
+                        continue
+                    truth, logit = bool(target[b, row, column]), float(logits[b, n, row, column])
+                    p = 1 / (1 + math.exp(-logit))
+                    right = p if truth else 1 - p
+                    total -= (0.3 if truth else 0.7) * (1 - right) ** 2 * math.log(right)
+                    shared, both = shared + p * truth, both + p + truth
+                    hits, union = hits + (truth and logit > 0), union + (truth or logit > 0)
+            focal[b, n] = total / int(counted[b].sum())
+            dice[b, n] = 1 - (2 * shared + 1) / (both + 1)
+            iou[b, n] = hits / union
+    torch.testing.assert_close(focal_loss(logits, target, counted, 0.3), focal)
+    torch.testing.assert_close(dice_loss(logits, target, counted), dice)
+    torch.testing.assert_close(overlaps(logits, target, counted)[0].double(), iou, atol=1e-6, rtol=1e-6)
+
+    task = promptable(focal=2.0, alpha=0.3, dice=0.5, overlap=3.0)
+    scores = torch.rand(2, 3, generator=source, dtype=torch.float64)
+    y = torch.where(target, 2, 0).masked_fill(~counted, IGNORED).to(torch.uint8)
+    batch = Batch(torch.zeros(2, 1, 4, 5), y)
+    answers = Masks(logits, scores), Masks(logits[:, :1], scores[:, :1])
+    loss = task.loss(Answers(answers, target, torch.tensor([2, 2])), batch)
+    mask, error = 2 * focal + 0.5 * dice, 3 * (scores - iou) ** 2
+    expected = (mask.amin(1) + error.mean(1) + mask[:, 0] + error[:, 0]) / 2
+    torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_best_candidate_alone_learns_its_mask_and_all_learn_their_scores() -> None:
+    task, batch = promptable(), one_scene()
+    good, bad = rectangle(slice(1, 4), slice(3, 8)) / 9, rectangle(slice(0, 1), slice(0, 2)) / 9
+    logits = torch.stack([bad, good, bad])[None].requires_grad_()
+    scores = torch.tensor([[0.5, 0.5, 0.5]], requires_grad=True)
+    masks = Masks(logits, scores)
+    task.loss(Answers((masks, masks), batch.y == 2, torch.tensor([2])), batch).sum().backward()
+    assert logits.grad is not None
+    assert scores.grad is not None
+    assert logits.grad.abs().sum(dim=(2, 3))[0].gt(0).tolist() == [False, True, False]
+    assert scores.grad.sign().tolist() == [[1.0, -1.0, 1.0]]  # down to 0, up to 1, down to 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_image_without_an_object_costs_nothing_and_counts_nowhere(training: bool) -> None:
+    task, net, full = promptable(), sam().train(training), drawn(2)
+    empty = Batch(full.x, full.y.masked_fill(full.y != IGNORED, 0))
+    loss = task.loss(task.forward(net, empty), empty)
+    assert loss.tolist() == [0.0, 0.0]
+    loss.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in net.parameters() if training or p.grad is not None)
+    with torch.no_grad():
+        net.eval()
+        mixed = Batch(full.x, torch.cat([full.y[:1], empty.y[1:]]))
+        alone, both = (task.sums(task.forward(net, b), b) for b in (full[:1], mixed))
+        assert (int(both["examples"]), int(both["objects"])) == (2, 1)
+        assert task.values(both)["loss"] == pytest.approx(task.values(alone)["loss"], rel=1e-5)
+        torch.testing.assert_close(both["iou"], alone["iou"])
+        outputs = task.forward(net, empty)
+        assert (task.predict(outputs, empty) == IGNORED).all()
+        assert math.isnan(task.values(task.sums(outputs, empty))["iou"])
+
+
+def test_sums_over_any_split_equal_the_pooled_ones() -> None:
+    task, net, batch = promptable(), sam().eval(), drawn(7)
+    with torch.no_grad():
+        pooled = task.sums(task.forward(net, batch), batch)
+        merged = dict(task.zeros)
+        for rows in (slice(0, 1), slice(1, 5), slice(5, 7)):
+            add_sums(merged, task.sums(task.forward(net, batch[rows]), batch[rows]))
+    assert merged.keys() == pooled.keys()
+    for name, value in pooled.items():
+        assert (merged[name].dtype, merged[name].shape) == (value.dtype, value.shape)
+        torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6)
+    assert not any(value.any() for value in task.zeros.values())
+    for nothing in ({}, task.zeros):
+        values = task.values(nothing)
+        assert values["examples"] == 0
+        assert all(math.isnan(values[name]) for name in (*task.metrics, "loss"))
+
+
+def test_chance_is_the_global_seed_and_is_each_images_own() -> None:
+    task, net, batch = promptable(), sam().train(), drawn(6)
+
+    def losses(seed: int, *parts: Batch) -> Tensor:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return torch.cat([task.loss(task.forward(net, part), part) for part in parts])
+
+    assert torch.equal(losses(1, batch), losses(1, batch))
+    assert not torch.equal(losses(1, batch), losses(2, batch))
+    torch.testing.assert_close(losses(1, batch[:2], batch[2:]), losses(1, batch), rtol=1e-4, atol=1e-5)
+    state = torch.get_rng_state()
+    net.eval()
+    with torch.no_grad():
+        first, again = (task.sums(task.forward(net, batch), batch) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_samples_do_not_mix_in_the_loss(training: bool) -> None:
+    task, net = promptable(), sam().double().train(training)
+    batch, other = drawn(4), drawn(4, seed=1)
+    mixed = Batch(torch.cat([batch.x[:1], 3 * other.x[1:]]), torch.cat([batch.y[:1], other.y[1:]]))
+    first = []
+    for b in (batch, mixed):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            b = Batch(b.x.double(), b.y)
+            first.append(task.loss(task.forward(net, b), b)[0])
+    torch.testing.assert_close(first[0], first[1], rtol=1e-6, atol=1e-7)
+
+
+def test_draw_shows_two_objects() -> None:
+    batch = drawn(20, (3, 32, 48))
+    assert batch.x.shape == (20, 3, 32, 48)
+    assert (batch.y.shape, batch.y.dtype) == ((20, 32, 48), torch.uint8)
+    assert set(batch.y.unique().tolist()) == {0, 1, 2, IGNORED}
+    for mask in batch.y.numpy():
+        halves = mask[:, :24], mask[:, 24:]
+        for half in halves:
+            assert choose(half, [1, 2], 60, 0.99).label in (1, 2)
+            assert choose(half, [1, 2], 60, 0.0).label == choose(half, [1, 2], 60, 0.99).label
+    everything = drawn(3, task=promptable(background=()))
+    assert set(everything.y.unique().tolist()) <= {0, 1, 2, IGNORED}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"background": ["cel"]}, "background names 'cel', which is not a label"),
+        ({"background": LABELS}, "there is no object where every label is background: background, cell, nucleus"),
+        ({"labels": ["cell"]}, "there is no object where every label is background: cell"),
+        ({"labels": [str(i) for i in range(256)]}, "a mask of bytes holds at most 255 labels, not 256"),
+        ({"focal": 0, "dice": 0}, "with focal and dice both 0 no mask is learned"),
+        ({"smallest": 0}, "'smallest' should be greater than 0, not 0"),
+    ],
+)
+def test_task_settings_that_cannot_be(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        promptable(**keys)
+    assert message in str(error.value)
+
+
+def test_background_is_the_first_label_or_those_that_are_named() -> None:
+    assert promptable().settings.classes == [1, 2]
+    assert promptable(background=["cell", "background"]).settings.classes == [2]
+    assert promptable(labels=["cell"], background=[]).settings.classes == [0]
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_eight_images_and_obeys_the_prompt() -> None:
+    """After some hundred steps it finds the largest object of each image, and the other one by a point on it."""
+    task, net, batch = promptable(), sam(), drawn(8)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    values = {"iou": 0.0}
+    for step in range(240):
+        if step % 20 == 0 and step >= 80:
+            net.eval()
+            with torch.no_grad():
+                values = task.values(task.sums(task.forward(net, batch), batch))
+            if min(values[name] for name in task.metrics) > 0.9:
+                break
+        net.train()
+        optimizer.zero_grad()
+        task.loss(task.forward(net, batch), batch).mean().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+    assert values["iou"] >= 0.85
+    assert values["iou_point"] >= 0.8
+
+    net.eval()
+    masks = batch.y.numpy()
+    left, right = masks.copy(), masks.copy()
+    left[:, :, 16:], right[:, :, :16] = 0, 0
+    found = []
+    for half in (left, right):
+        objects = [choose(mask, [1, 2], 1) for mask in half]
+        prompts = [by_point(thing) for thing in objects]
+        points = torch.stack([torch.from_numpy(p.points) for p in prompts]).float()
+        with torch.no_grad():
+            seen = best(net(batch.x, points, torch.tensor([p.labels for p in prompts])))
+        target = torch.stack([torch.from_numpy(thing.pixels) for thing in objects])
+        fine = F.interpolate(seen[:, None], (32, 32), mode="bilinear", align_corners=False)
+        found.append(overlaps(fine, target, batch.y != IGNORED)[0].mean().item())
+    assert min(found) > 0.75
