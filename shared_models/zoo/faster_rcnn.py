@@ -12,8 +12,8 @@ ratios around the place) whether an object is there and how the box should move:
 proposals, after non-maximum suppression, go through pooling and the head of Fast R-CNN. `r50-fpn` has a feature pyramid
 (Lin et al. 2017), one size of anchors on each level, and the state-dict keys of torchvision's
 `fasterrcnn_resnet50_fpn`, whose published weights load (label k is their class k + 1; images as ImageNet's,
-normalised). Its batch normalisation is frozen, which is right for published weights (torchvision runs those of COCO with
-an epsilon of 0 there, here it is 1e-5); without them set `norm = "group"`.
+normalised). Its batch normalisation is frozen, which is right for published weights (torchvision runs those of COCO
+with an epsilon of 0 there, here it is 1e-5); without them set `norm = "group"`.
 
 The loss is the sum of the two networks' losses (eq. 1 and Girshick 2015, eq. 1), each the mean over the anchors or
 regions that were sampled in that image.

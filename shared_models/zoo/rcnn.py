@@ -24,7 +24,8 @@ the search for proposals, about 110 once an image (`client.proposals`).
 
 The paper trains in stages: the CNN with a softmax, then an SVM a class, then box regression on stored features. Here
 all is one network with one loss: the softmax (50.9 instead of 54.2 % mAP on VOC 2007 in Appendix B, which puts the
-difference down to how examples are chosen) and a class's own box regression (Appendix C), both on the last hidden layer.
+difference down to how examples are chosen) and a class's own box regression (Appendix C), both on the last hidden
+layer.
 
 Proposals rarely overlap small objects by half (0.5, the paper's): `tiny` counts those from 0.35 on as objects, whose
 box it learns to move.

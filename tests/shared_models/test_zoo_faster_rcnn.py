@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from shared_models.boxes import pad_rows, pairwise_iou
+from shared_models.boxes import pairwise_iou
 from shared_models.detection import Detector
 from shared_models.errors import ConfigError
 from shared_models.models import configure, models
@@ -266,56 +265,3 @@ def test_wrong_settings_get_one_clear_line(keys: dict[str, Any], message: str) -
     with pytest.raises(ConfigError) as error:
         build(**keys)
     assert message in str(error.value)
-
-
-def drawn(count: int = 8, seed: int = 0, side: int = 64) -> tuple[Tensor, Tensor]:
-    """Images of one to three rectangles (class 0) or discs (class 1) on noise: normalised, and (B, M, 5)."""
-    source = np.random.default_rng(seed)
-    rows, columns = np.indices((side, side))
-    images, truths = [], []
-    for _ in range(count):
-        image, found = source.normal(100, 12, (side, side, 3)), []
-        for place in source.permutation(4)[: int(source.integers(1, 4))]:  # one in each quarter
-            size = int(source.integers(14, 28))
-            left, top = (
-                place % 2 * 32 + source.integers(2, 32 - size),
-                place // 2 * 32 + source.integers(2, 32 - size),
-            )
-            kind = int(source.integers(2))
-            inside = (columns >= left) & (columns < left + size) & (rows >= top) & (rows < top + size)
-            if kind:
-                half = size / 2
-                inside = (columns + 0.5 - left - half) ** 2 + (rows + 0.5 - top - half) ** 2 <= half**2
-            image[inside] = source.choice([20, 220], 3) + source.normal(0, 12, (int(inside.sum()), 3))
-            found.append([kind, left, top, left + size, top + size])
-        images.append(torch.from_numpy(image / 128 - 1).float().permute(2, 0, 1))
-        truths.append(torch.tensor(found) / torch.tensor([1, side, side, side, side]))
-    return torch.stack(images), pad_rows(truths, 5)
-
-
-def map50(found: Tensor, y: Tensor) -> float:
-    from torchmetrics.detection import MeanAveragePrecision
-
-    metric = MeanAveragePrecision(iou_thresholds=[0.5])
-    for boxes, truth in zip(found, y, strict=True):
-        boxes, truth = boxes[boxes[:, 0] >= 0], truth[truth[:, 0] >= 0]
-        said = {"boxes": 640 * boxes[:, 1:5], "scores": boxes[:, 5], "labels": boxes[:, 0].long()}
-        metric.update([said], [{"boxes": 640 * truth[:, 1:], "labels": truth[:, 0].long()}])
-    return float(metric.compute()["map"])
-
-
-def test_it_learns_drawn_images_by_heart() -> None:
-    pytest.importorskip("torchmetrics.detection")
-    x, y = drawn()
-    net = build(anchors=[[12, 20, 28]], ratios=[1.0], regions=32, proposals=40)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    assert map50(net.eval()(x, y)["found"], y) < 0.5
-    net.train()
-    for step in range(150):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 * (1 - step / 150))
-        rows = torch.arange(4) + 4 * (step % 2)
-        optimizer.zero_grad()
-        net(x[rows], y[rows])["loss"].mean().backward()
-        optimizer.step()
-    with torch.no_grad():
-        assert map50(net.eval()(x, y)["found"], y) >= 0.9
