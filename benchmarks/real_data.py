@@ -54,6 +54,9 @@ round); the job says so under `[simulation.values]`, a hospital would in its `cl
 Each site is a contiguous block of ten slices of one volume; its last two slices are its test, the two before them its
 validation. Dice is that of the membranes.
 """,
+    "em-segmenter": """
+In this budget, with patches of 8 pixels and from random weights, it learns to answer "cell" everywhere.
+""",
     "cells-faster-rcnn": """
 The split into train, validation and test is the data's own; sites are drawn from all images at random. (Measured while
 the small backbone normalised 8 channels a group; since then it is 16.)
