@@ -38,7 +38,7 @@ from simulations.partition import SitePopulation
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(400)]
 CANARY = "canary-7f3a"
-SECONDS = 120.0
+SECONDS = 240.0  # how long a run may take to end on a machine with other work, not how long it takes
 
 
 def make_job(**parts: Any) -> Job:
