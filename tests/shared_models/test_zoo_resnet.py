@@ -1,4 +1,4 @@
-"""ResNet-50 and the backbones below detectors and FCNs, against torchvision."""
+"""ResNet-50, the backbones below detectors and FCNs, and what torchvision's weights fill."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from shared_models.job import WeightsPart
-from shared_models.models import configure
+from shared_models.models import configure, models
 from shared_models.weights import load_weights
 from shared_models.zoo.resnet import Norm, ResNetFeatures, Stem
 
@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def build(name: str, shape: tuple[int, ...], outputs: int = 10, **keys: Any) -> nn.Module:
+def build(name: str, shape: tuple[int, ...], outputs: int = 10, **keys: Any) -> Any:
     torch.manual_seed(0)
     chosen, settings = configure(name, keys)
     return chosen.build(settings, shape, outputs)
@@ -137,7 +137,7 @@ def test_published_weights_load_but_for_the_head(tmp_path: Path) -> None:
     theirs = torchvision.models.resnet50(num_classes=1000)
     torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
     ours = build("resnet50", (3, 64, 64), 7, size="paper", norm="batch")
-    match = load_weights(ours, WeightsPart(file=str(tmp_path / "resnet50.pth")), configure("resnet50", {})[0].renames)
+    match = load_weights(ours, WeightsPart(file=str(tmp_path / "resnet50.pth")), models["resnet50"].renames)
     assert [d.key for d in match.mismatched] == ["fc.weight", "fc.bias"]
     assert not match.missing
     assert not match.unused
@@ -182,9 +182,67 @@ def test_tiny_resnet50_learns_shapes() -> None:
         x[i, 0, top : top + height, left : left + width] += 2
     net = build("resnet50", (1, 16, 16), 2)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    for _ in range(12):
+    for _ in range(16):
         optimizer.zero_grad()
         cross_entropy(net(x), y).backward()
         optimizer.step()
     with torch.no_grad():
         assert (net(x).argmax(1) == y).float().mean() > 0.9
+
+
+def test_fcn_resnet50_is_torchvisions() -> None:
+    torch.manual_seed(1)
+    theirs = torchvision.models.segmentation.fcn_resnet50(
+        weights=None, weights_backbone=None, aux_loss=None, num_classes=5
+    ).eval()
+    state = theirs.state_dict()
+    for key, value in state.items():
+        if "running" in key:
+            value.copy_(torch.rand_like(value) + 0.5)
+    ours = build("fcn", (3, 40, 51), 5, size="resnet50", norm="batch").eval()
+    ours.load_state_dict(state)
+    x = torch.randn(2, 3, 40, 51)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x)["out"], atol=1e-5, rtol=1e-5)
+
+
+def test_weights_of_a_resnet50_go_into_the_backbone(tmp_path: Path) -> None:
+    theirs = torchvision.models.resnet50(num_classes=4)
+    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
+    net = build("fcn", (3, 32, 32), 5, size="resnet50", norm="batch")
+    match = load_weights(net, WeightsPart(file=str(tmp_path / "resnet50.pth")), models["fcn"].renames)
+    assert match.unused == ("fc.weight", "fc.bias")
+    assert all(key.startswith("classifier.") for key in match.missing)
+    assert torch.equal(net.backbone.layer3[1].conv2.weight, theirs.layer3[1].conv2.weight)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_weights_of_a_vit_go_into_vit_and_the_segmenters_encoder(tmp_path: Path, published: bool) -> None:
+    """Files that torchvision publishes still have older names for the layers of the MLP."""
+    torch.manual_seed(1)
+    theirs = torchvision.models.VisionTransformer(
+        image_size=12, patch_size=4, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=10
+    ).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    state = theirs.state_dict()
+    if published:
+        state = {k.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v for k, v in state.items()}
+    file = tmp_path / "vit.pth"
+    torch.save(state, file)
+    form: dict[str, Any] = {"layers": 3, "heads": 4, "width": 32, "mlp": 48, "patch": 4}
+    vit, net = build("vit", (3, 12, 12), 10, **form).eval(), build("segmenter", (3, 12, 12), 2, **form).eval()
+    whole = load_weights(vit, WeightsPart(file=str(file)), models["vit"].renames)
+    assert (whole.missing, whole.mismatched, whole.unused) == ((), (), ())
+    part = load_weights(net, WeightsPart(file=str(file)), models["segmenter"].renames)
+    assert set(part.loaded) == {key for key in net.state_dict() if key.startswith("encoder.")}
+    x = torch.randn(4, 3, 12, 12)
+    torch.testing.assert_close(vit(x), theirs(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(net.encoder(x), vit.norm(vit.tokens(x)))
+    again = load_weights(net, WeightsPart(file=str(save(net, tmp_path))), models["segmenter"].renames)
+    assert set(again.loaded) == set(net.state_dict())  # our own keys are not renamed
+
+
+def save(net: nn.Module, folder: Path) -> Path:
+    torch.save(net.state_dict(), folder / "ours.pth")
+    return folder / "ours.pth"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +15,9 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_models.errors import ConfigError
-from shared_models.job import Job, WeightsPart
+from shared_models.job import Job
 from shared_models.models import configure, models
 from shared_models.tasks.base import Batch, make_task
-from shared_models.weights import load_weights
 from shared_models.zoo.fcn import bilinear_
 
 NAMES = ("fcn", "patchwise", "segmenter", "unet")
@@ -143,32 +141,6 @@ def test_heads_are_the_entries_that_the_number_of_classes_shapes(name: str, size
 
 
 # ---- FCN -------------------------------------------------------------------------------------------------------------
-def test_fcn_resnet50_is_torchvisions() -> None:
-    torch.manual_seed(1)
-    theirs = torchvision.models.segmentation.fcn_resnet50(
-        weights=None, weights_backbone=None, aux_loss=None, num_classes=5
-    ).eval()
-    state = theirs.state_dict()
-    for key, value in state.items():
-        if "running" in key:
-            value.copy_(torch.rand_like(value) + 0.5)
-    ours = build("fcn", (3, 40, 51), 5, size="resnet50", norm="batch").eval()
-    ours.load_state_dict(state)
-    x = torch.randn(2, 3, 40, 51)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x)["out"], atol=1e-5, rtol=1e-5)
-
-
-def test_weights_of_a_resnet50_go_into_the_backbone(tmp_path: Path) -> None:
-    theirs = torchvision.models.resnet50(num_classes=4)
-    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
-    net = build("fcn", (3, 32, 32), 5, size="resnet50", norm="batch")
-    match = load_weights(net, WeightsPart(file=str(tmp_path / "resnet50.pth")), models["fcn"].renames)
-    assert match.unused == ("fc.weight", "fc.bias")
-    assert all(key.startswith("classifier.") for key in match.missing)
-    assert torch.equal(net.backbone.layer3[1].conv2.weight, theirs.layer3[1].conv2.weight)
-
-
 @pytest.mark.parametrize(("norm", "theirs"), [("none", "vgg16"), ("batch", "vgg16_bn")])
 def test_the_convolutions_have_the_keys_and_shapes_of_torchvisions_vgg(norm: str, theirs: str) -> None:
     with torch.device("meta"):
@@ -269,38 +241,6 @@ def test_segmenters_logits_of_a_patch_are_centred_over_classes_and_bounded() -> 
     assert 0.01 < y.std() < 3.0
 
 
-@pytest.mark.parametrize("published", [True, False])
-def test_weights_of_a_vit_go_into_vit_and_the_segmenters_encoder(tmp_path: Path, published: bool) -> None:
-    """Files that torchvision publishes still have older names for the layers of the MLP."""
-    torch.manual_seed(1)
-    theirs = torchvision.models.VisionTransformer(
-        image_size=12, patch_size=4, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=10
-    ).eval()
-    for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    state = theirs.state_dict()
-    if published:
-        state = {k.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v for k, v in state.items()}
-    file = tmp_path / "vit.pth"
-    torch.save(state, file)
-    form: dict[str, Any] = {"layers": 3, "heads": 4, "width": 32, "mlp": 48, "patch": 4}
-    vit, net = build("vit", (3, 12, 12), 10, **form).eval(), build("segmenter", (3, 12, 12), 2, **form).eval()
-    whole = load_weights(vit, WeightsPart(file=str(file)), models["vit"].renames)
-    assert (whole.missing, whole.mismatched, whole.unused) == ((), (), ())
-    part = load_weights(net, WeightsPart(file=str(file)), models["segmenter"].renames)
-    assert set(part.loaded) == {key for key in net.state_dict() if key.startswith("encoder.")}
-    x = torch.randn(4, 3, 12, 12)
-    torch.testing.assert_close(vit(x), theirs(x), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(net.encoder(x), vit.norm(vit.tokens(x)))
-    again = load_weights(net, WeightsPart(file=str(save(net, tmp_path))), models["segmenter"].renames)
-    assert set(again.loaded) == set(net.state_dict())  # our own keys are not renamed
-
-
-def save(net: nn.Module, folder: Path) -> Path:
-    torch.save(net.state_dict(), folder / "ours.pth")
-    return folder / "ours.pth"
-
-
 # ---- what all promise ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("name", "keys", "shape"), VARIANTS)
@@ -360,13 +300,6 @@ def test_no_operation_is_in_place(name: str, keys: dict[str, Any], shape: tuple[
     with InPlace() as mode:
         net(torch.randn(2, *shape))
     assert mode.seen == []
-
-
-@pytest.mark.parametrize(("name", "keys", "shape"), VARIANTS)
-def test_initialisation_is_the_seed_of_torch(name: str, keys: dict[str, Any], shape: tuple[int, ...]) -> None:
-    first, again, other = (build(name, shape, seed=s, **keys).state_dict() for s in (3, 3, 4))
-    assert all(torch.equal(first[k], again[k]) for k in first)
-    assert not all(torch.equal(first[k], other[k]) for k in first)
 
 
 def drawn(count: int, side: int) -> Batch:
