@@ -161,9 +161,12 @@ def task(name: str) -> Any:
 
 
 def make_task(job: Job) -> Task:
-    """The job's task."""
-    declared = tasks[job.task.name]
-    return declared(declared.Settings(labels=job.task.labels, **job.task.keys))
+    """The job's task; made once for a job, because every contribution is checked against its empty sums."""
+    made: Task | None = job.__dict__.get("_made_task")
+    if made is None:
+        declared = tasks[job.task.name]
+        made = job.__dict__["_made_task"] = declared(declared.Settings(labels=job.task.labels, **job.task.keys))
+    return made
 
 
 def require_headline(job: Job, where: str) -> None:
