@@ -50,6 +50,10 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "single class; 'iid', 'blocks' and 'column' can split it",
     ),
     (
+        lambda job: bool(job.data.tile) and _target(job) != "mask",
+        "data.tile = {job.data.tile} cuts images with their masks, and the task '{job.task.name}' has no masks",
+    ),
+    (
         lambda job: job.augment.active and len(job.data.shape) != 3,
         "[augment] changes images, and data.shape = {job.data.shape} is a row of features",
     ),

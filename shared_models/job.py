@@ -67,6 +67,9 @@ class DataPart(Part):
         shape: (C, H, W) with C = 1 (grey) or 3 (colour), or (F,): as many as `features`.
         resize: how an image of another size gets to H x W: `stretch` it, or `pad` it to its longer side first. Masks
             and boxes follow.
+        tile: (height, width) in an image's own pixels: it and its mask are cut into tiles of that size before they are
+            resized, and every tile is an example. What reaches beyond the edge is black and counts nowhere. The tiles
+            of one image stay together, at one site and in one part. Empty: whole images.
         mean: one number per channel or feature, or one for all.
         std: the same.
         normalise_by: `job`: the two above; `sites`: both are measured over the sites' training examples, in a round
@@ -81,6 +84,7 @@ class DataPart(Part):
 
     shape: tuple[Positive, ...]
     resize: Literal["stretch", "pad"] = "stretch"
+    tile: tuple[Positive, Positive] | tuple[()] = ()
     mean: tuple[float, ...] = (0.5,)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
     normalise_by: Literal["job", "sites"] = "job"

@@ -50,13 +50,17 @@ def make_partition(store: Store, part: SimulationPart) -> Partition:
     if part.partition == "column":
         return by_column(store)
     names = site_names(part.sites)
-    if part.partition == "blocks":
-        return Partition("blocks", dict(zip(names, blocks(store.names, part.sites), strict=True)))
     rng = np.random.default_rng(key(part.seed, "partition"))
-    if part.partition == "iid":
-        return Partition("iid", dict(zip(names, iid(len(store.names), part.sites, rng), strict=True)))
-    rows = dirichlet(store.y.numpy(), part.sites, part.alpha, part.min_examples, rng)
-    return Partition(f"dirichlet(alpha={part.alpha:g})", dict(zip(names, rows, strict=True)))
+    if part.partition == "dirichlet":
+        rows = dirichlet(store.y.numpy(), part.sites, part.alpha, part.min_examples, rng)
+        return Partition(f"dirichlet(alpha={part.alpha:g})", dict(zip(names, rows, strict=True)))
+    members: dict[str, list[int]] = {}
+    for row, name in enumerate(store.together):
+        members.setdefault(name, []).append(row)
+    held = list(members.values())
+    cut = blocks(list(members), part.sites) if part.partition == "blocks" else iid(len(held), part.sites, rng)
+    rows = [np.sort(np.concatenate([held[i] for i in chosen])) for chosen in cut]
+    return Partition(part.partition, dict(zip(names, rows, strict=True)))
 
 
 def by_column(store: Store) -> Partition:

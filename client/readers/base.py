@@ -137,6 +137,8 @@ class Store:
         sites: N site names where the data carry such a column, else empty.
         skipped: a line for each file or row that was passed over.
         proposals: (N, R, 4) float32 regions for models that need them.
+        groups: N names of what the examples were cut from where they are tiles, else empty; examples of one group stay
+            together, at one site and in one part.
         statistics: (mean, std) measured at the sites, each (C,) or (F,), in units of `x / 255` for images.
     """
 
@@ -148,7 +150,13 @@ class Store:
     sites: Sequence[str] = ()
     skipped: Sequence[str] = ()
     proposals: Tensor | None = None
+    groups: Sequence[str] = ()
     statistics: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def together(self) -> Sequence[str]:
+        """N names, equal where examples must stay together."""
+        return self.groups or self.names
 
     @property
     def unit(self) -> float:
@@ -272,7 +280,7 @@ def split(store: Store, rows: Tensor | None = None) -> Splits:
     The owner's own split is taken where there is one. Otherwise a sample's part follows from the SHA-256 of its name,
     60 / 20 / 20 on average: it never changes when samples are added, and does not depend on a seed. With
     `data.parts = "blocks"` the first 60 % in the order of names (`natural`) are train, the next 20 % validation, the
-    rest test.
+    rest test. Tiles go by the name of their image.
 
     Raises:
         DataError: a part would be empty.
@@ -281,10 +289,11 @@ def split(store: Store, rows: Tensor | None = None) -> Splits:
     if store.parts:
         parts = [store.parts[r] for r in rows.tolist()]
     elif store.data.parts == "blocks":
-        place = {r: i / len(rows) for i, r in enumerate(sorted(rows.tolist(), key=lambda r: natural(store.names[r])))}
-        parts = [_part(place[r]) for r in rows.tolist()]
+        names = sorted({store.together[r] for r in rows.tolist()}, key=natural)
+        place = {name: i / len(names) for i, name in enumerate(names)}
+        parts = [_part(place[store.together[r]]) for r in rows.tolist()]
     else:
-        parts = [part_of(store.names[r]) for r in rows.tolist()]
+        parts = [part_of(store.together[r]) for r in rows.tolist()]
     found = {p: Examples(store, rows[torch.tensor([q == p for q in parts], dtype=torch.bool)]) for p in PARTS}
     for part, examples in found.items():
         if not len(examples):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +20,10 @@ from shared_models.job import DataPart
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # whatever the suffix; others may start programs
 MAX_PIXELS = 100_000_000  # of a file; a larger one may be a decompression bomb
 
+T = TypeVar("T")
+
 Size = tuple[int, int]  # width, height
+Area = tuple[int, int, int, int]  # left, top, right, bottom, in pixels; may reach beyond an image's edge
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,13 +52,26 @@ class Picture:
 
 def open_picture(path: Path) -> Picture:
     """Decode one file; raises a DataError that names it."""
+
+    def decode(image: Image.Image, orientation: int) -> Picture:
+        image.load()
+        return Picture(turn(image, orientation), image.size, orientation)
+
+    return _opened(path, decode)
+
+
+def size_of(path: Path) -> Size:
+    """Width and height of one file when it is upright, from its header; raises a DataError that names it."""
+    return _opened(path, lambda image, orientation: image.size if orientation < 5 else image.size[::-1])
+
+
+def _opened(path: Path, look: Callable[[Image.Image, int], T]) -> T:
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS // 10**6} megapixels")
             orientation = image.getexif().get(Base.Orientation, 1)
-            image.load()
-            return Picture(turn(image, orientation), image.size, orientation if orientation in TURNS else 1)
+            return look(image, orientation if orientation in TURNS else 1)
     except Exception as error:  # a damaged file makes a decoder raise anything
         reason = str(error) or type(error).__name__
         raise DataError(f"image {shown(path)} cannot be read: {reason}", hint="Mend or remove the file") from None
@@ -85,14 +103,25 @@ def load_image(path: Path, data: DataPart) -> Tensor:
 
 def picture_tensor(picture: Picture, path: Path, data: DataPart) -> Tensor:
     """The same of a file that is decoded."""
+    return picture_tiles(picture, path, data, [(0, 0, *picture.image.size)])[0]
+
+
+def picture_tiles(picture: Picture, path: Path, data: DataPart, areas: Sequence[Area]) -> Tensor:
+    """(len(areas), C, H, W) uint8: tiles of a file that is decoded; raises a DataError that names it."""
     try:
-        return to_tensor(picture.image, data)
+        image = in_colours(picture.image, data)
     except ValueError as error:
         raise DataError(f"image {shown(path)} cannot be read: {error}", hint="Mend or remove the file") from None
+    return torch.stack([_pixels(cut(image, area, 0), data) for area in areas])
 
 
 def to_tensor(image: Image.Image, data: DataPart) -> Tensor:
-    """(C, H, W) uint8: in the job's colours and size. 16-bit and float images are scaled to 8 bit.
+    """(C, H, W) uint8: in the job's colours and size; raises ValueError like `in_colours`."""
+    return _pixels(in_colours(image, data), data)
+
+
+def in_colours(image: Image.Image, data: DataPart) -> Image.Image:
+    """The image in the job's colours, grey or red, green and blue. 16-bit and float images are scaled to 8 bit.
 
     Float images are divided by 1, or by their largest value where that is greater.
 
@@ -109,9 +138,34 @@ def to_tensor(image: Image.Image, data: DataPart) -> Tensor:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layered = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layered.size, "black"), layered)
-    image = fit(image.convert("L" if channels == 1 else "RGB"), data, Image.Resampling.BILINEAR, 0)
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _pixels(image: Image.Image, data: DataPart) -> Tensor:
+    pixels = torch.from_numpy(np.array(fit(image, data, Image.Resampling.BILINEAR, 0), dtype=np.uint8))
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def tiles(size: Size, data: DataPart) -> list[Area]:
+    """What an image of that size is cut into, row by row from its left upper corner; without `data.tile`, itself."""
+    width, height = size
+    high, wide = data.tile or (height, width)
+    return [(left, top, left + wide, top + high) for top in range(0, height, high) for left in range(0, width, wide)]
+
+
+def cut(image: Image.Image, area: Area, fill: int) -> Image.Image:
+    """An area of an image; what lies beyond its edge has one value."""
+    left, top, right, bottom = area
+    inside = image.crop((left, top, min(right, image.width), min(bottom, image.height)))
+    return _framed(inside, (right - left, bottom - top), (0, 0), fill)
+
+
+def _framed(image: Image.Image, size: Size, corner: tuple[int, int], fill: int) -> Image.Image:
+    if image.size == size:
+        return image
+    frame = Image.new(image.mode, size, (fill,) * len(image.getbands()))
+    frame.paste(image, corner)
+    return frame
 
 
 def fit(image: Image.Image, data: DataPart, resampling: Image.Resampling, fill: int) -> Image.Image:
@@ -120,11 +174,7 @@ def fit(image: Image.Image, data: DataPart, resampling: Image.Resampling, fill: 
     left, top, *inner = placement(image.size, data)
     if image.size != tuple(inner):
         image = image.resize((inner[0], inner[1]), resampling)
-    if image.size == (width, height):
-        return image
-    frame = Image.new(image.mode, (width, height), (fill,) * len(image.getbands()))
-    frame.paste(image, (left, top))
-    return frame
+    return _framed(image, (width, height), (left, top), fill)
 
 
 def placement(size: Size, data: DataPart) -> tuple[int, int, int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from client.readers.base import Reader, Store, Tolerance, Wanted, reader, spelling
 from client.readers.folders import image_files, part_folders, shown
-from client.readers.images import Picture, fit, open_picture, picture_tensor, turn
+from client.readers.images import Picture, cut, fit, open_picture, picture_tiles, size_of, tiles, turn
 from client.readers.samples import Sample, anything, fill, in_order, numbered
 from shared_models.errors import DataError
 from shared_models.tasks.base import IGNORED
@@ -54,10 +54,16 @@ class Masks(Reader):
             pair = sample.about
             picture = open_picture(pair.image)
             mask = load_mask(pair.mask, picture, wanted)
-            small = fit(Image.fromarray(mask), wanted.data, Image.Resampling.NEAREST, IGNORED)
-            return picture_tensor(picture, pair.image, wanted.data), torch.from_numpy(np.array(small))
+            areas = tiles(picture.image.size, wanted.data)
+            pieces = [cut(Image.fromarray(mask), area, IGNORED) for area in areas]
+            small = [np.array(fit(piece, wanted.data, Image.Resampling.NEAREST, IGNORED)) for piece in pieces]
+            return picture_tiles(picture, pair.image, wanted.data, areas), torch.from_numpy(np.stack(small))
 
-        return fill(_samples(root, bad), decode, wanted, bad)
+        samples = _samples(root, bad)
+        if wanted.data.tile:
+            sizes = bad.each(samples, lambda sample: size_of(sample.about.image))
+            samples = [replace(sample, tiles=len(tiles(size, wanted.data))) for sample, size in sizes]
+        return fill(samples, decode, wanted, bad)
 
     def check(self, root: Path) -> dict[str, Any]:
         """Opens every image and mask; counts the images that show a value or colour, be it in one pixel."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -30,12 +30,22 @@ class Sample(Generic[A]):
         about: what the reader needs to decode it.
         part: of the owner's split; empty where there is none.
         site: empty where the data do not say.
+        tiles: how many examples it is cut into; 0 where it is one and whole.
+        group: name of what it was cut from; empty where it is whole.
     """
 
     name: str
     about: A
     part: str = ""
     site: str = ""
+    tiles: int = 0
+    group: str = ""
+
+    def pieces(self) -> list[Sample[A]]:
+        """The examples it is cut into, in order."""
+        if not self.tiles:
+            return [self]
+        return [replace(self, name=f"{self.name}#{i}", tiles=0, group=self.name) for i in range(self.tiles)]
 
 
 def fill(
@@ -48,7 +58,8 @@ def fill(
 
     Args:
         samples: what is there.
-        decode: one sample -> its image (C, H, W) uint8 and its target: class (), mask (H, W), box (4,), boxes (n, 5).
+        decode: one sample -> its image (C, H, W) uint8 and its target: class (), mask (H, W), box (4,), boxes (n, 5);
+            of one in tiles, (tiles, C, H, W) and (tiles, H, W).
         wanted: preprocessing, form of the target, and how many bad samples may be passed over.
         bad: continues to count where the search has found some.
 
@@ -64,19 +75,21 @@ def fill(
         "boxes": ((0,), torch.float32),  # of no fixed number: kept as rows
     }
     form, dtype = forms[wanted.target]
-    x = _allocate((len(samples), channels, height, width), torch.uint8)
-    y = _allocate((len(samples), *form), dtype)
+    count = sum(sample.tiles or 1 for sample in samples)
+    x = _allocate((count, channels, height, width), torch.uint8)
+    y = _allocate((count, *form), dtype)
     rows: list[Tensor] = []
     kept: list[Sample[A]] = []
 
     def one(sample: Sample[A]) -> None:
         image, target = decode(sample)
-        x[len(kept)] = image
+        here = slice(len(kept), len(kept) + (sample.tiles or 1))
+        x[here] = image
         if wanted.target == "boxes":
             rows.append(target)
         else:
-            y[len(kept)] = target
-        kept.append(sample)
+            y[here] = target
+        kept.extend(sample.pieces())
 
     bad.each(samples, one)
     return Store(
@@ -87,6 +100,7 @@ def fill(
         parts=for_all([sample.part for sample in kept], "a part"),
         sites=for_all([sample.site for sample in kept], "a site"),
         skipped=bad.found,
+        groups=for_all([sample.group for sample in kept], "a group"),
     )
 
 

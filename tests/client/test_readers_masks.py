@@ -265,6 +265,52 @@ def test_check_counts_values_and_lists_what_is_bad(tmp_path: Path) -> None:
     assert ["d.png: 0 images" in found["unreadable"][0], "c.png cannot be read" in found["unreadable"][1]] == [True] * 2
 
 
+def test_tiles_cover_an_image_once(tmp_path: Path) -> None:
+    """5 x 7 pixels in tiles of 2 x 4; what reaches beyond the edge is black and counts nowhere."""
+    image = np.arange(1, 36, dtype=np.uint8).reshape(5, 7)
+    put(tmp_path / "image", "a.png", image)
+    put(tmp_path / "label", "a.png", image % 3)
+    found = masks(tmp_path, DataPart(shape=(1, 2, 4), tile=(2, 4)), labels=("x", "y", "z"))
+    assert list(found.names) == [f"image/a.png#{i}" for i in range(6)]
+    assert list(found.groups) == ["image/a.png"] * 6
+    whole = np.zeros((6, 8), np.uint8)
+    whole[:5, :7] = image
+    classes = np.full((6, 8), 255, np.uint8)
+    classes[:5, :7] = image % 3
+    for i in range(6):
+        rows, columns = slice(i // 2 * 2, i // 2 * 2 + 2), slice(i % 2 * 4, i % 2 * 4 + 4)
+        assert found.x[i, 0].tolist() == whole[rows, columns].tolist()
+        assert found.y[i].tolist() == classes[rows, columns].tolist()
+
+
+def test_tiles_are_cut_from_the_upright_image_and_then_resized(tmp_path: Path) -> None:
+    """Stored lying, 4 wide and 2 high; upright 2 wide and 4 high: two tiles of 2 x 2, each shown at 4 x 4."""
+    stored = np.array([[10, 20, 30, 40], [50, 60, 70, 80]], np.uint8)
+    put(tmp_path / "image", "a.png", stored, exif=_oriented(6))
+    put(tmp_path / "label", "a.png", (stored > 40).astype(np.uint8))
+    found = masks(tmp_path, DataPart(shape=(1, 4, 4), tile=(2, 2)))
+    upright = np.rot90(stored, -1)
+    assert found.x.shape == (2, 1, 4, 4)
+    for i, half in enumerate((upright[:2], upright[2:])):
+        expected = Image.fromarray(half).resize((4, 4), Image.Resampling.BILINEAR)
+        assert found.x[i, 0].tolist() == np.asarray(expected).tolist()
+        assert found.y[i].tolist() == np.kron(half > 40, np.ones((2, 2), int)).tolist()
+
+
+def test_a_bad_file_in_tiles_counts_once(tmp_path: Path) -> None:
+    """A broken image, a broken mask and a good pair."""
+    for name in ("a.png", "b.png", "c.png"):
+        pair(tmp_path, np.zeros((4, 4), np.uint8), name)
+    (tmp_path / "image" / "a.png").write_bytes(b"no image")
+    (tmp_path / "label" / "b.png").write_bytes(b"no mask")
+    tiled = DataPart(shape=(1, 2, 2), tile=(2, 2))
+    found = masks(tmp_path, tiled, skip=2)
+    assert list(found.names) == [f"image/c.png#{i}" for i in range(4)]
+    assert len(found.skipped) == 2
+    with pytest.raises(DataError):
+        masks(tmp_path, tiled, skip=1)
+
+
 @pytest.mark.data
 def test_isbi_2012(real_data: Path) -> None:
     """30 slices of 512 x 512; 255 is the cell, 0 the membrane around it, about a fifth of the pixels."""

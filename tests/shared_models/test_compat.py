@@ -31,6 +31,11 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {"method": {"name": "fedprox"}},
     ),
     (
+        "data.tile = (64, 64) cuts images with their masks, and the task 'classification' has no masks",
+        {"data": {"tile": [64, 64]}},
+        {**SEGMENTATION, "data": {"tile": [64, 64]}},
+    ),
+    (
         "train.optimizer = 'adamw' rescales them",
         {**SCAFFOLD, "train": {"optimizer": "adamw"}},
         {"train": {"optimizer": "adamw"}},

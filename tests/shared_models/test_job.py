@@ -197,7 +197,7 @@ def test_the_hash_never_changes_by_accident() -> None:
         '{"augment":{"brightness":0.0,"contrast":0.0,"crop":0,"flip":false,"flip_vertical":false,'
         '"quarter_turns":false,"rotate":0.0,"scale":0.0},"continual":{"name":"finetune"},"data":{"features":[],'
         '"mean":[0.5],"missing":"drop","normalise_by":"job","parts":"hash","proposals":300,"resize":"stretch",'
-        '"shape":[1,2,2],"std":[0.5],"target":"label"},"federation":{"fraction":1.0,"max_update_norm":1000000.0,'
+        '"shape":[1,2,2],"std":[0.5],"target":"label","tile":[]},"federation":{"fraction":1.0,"max_update_norm":1000000.0,'
         '"min_sites":1,"round_timeout":3600.0,"rounds":10,"select":"last","wait":86400.0},'
         '"method":{"name":"fedavg","weighting":"examples"},"model":{"name":"logistic","size":"tiny"},'
         '"name":"pinned","place":"federated","seed":0,"share":{"base":[],"personal":[]},"stream":{"tasks":5},'

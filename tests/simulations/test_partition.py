@@ -214,3 +214,26 @@ def test_parts_in_blocks_follow_the_order_of_names() -> None:
     splits = split(store)
     held = [sorted(order[r] for r in getattr(splits, name).rows) for name in PARTS]
     assert held == [[0, 1, 2, 3, 4, 5], [6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize("kind", ["blocks", "iid"])
+@pytest.mark.parametrize("parts", ["blocks", "hash"])
+def test_tiles_of_one_image_stay_together(kind: str, parts: str) -> None:
+    """30 images of 2 to 4 tiles each, over 3 sites of ten images and their three parts."""
+    images = [f"slice-{i}" for i in range(30) for _ in range(2 + i % 3)]
+    count = len(images)
+    store = Store(
+        torch.zeros(count, 1, 1, 1, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64),
+        [f"{name}#{i}" for i, name in enumerate(images)], DataPart(shape=(1, 1, 1), parts=parts), groups=images,
+    )  # fmt: skip
+    population = SitePopulation(store, make_partition(store, part(partition=kind, sites=3)))
+    place: dict[str, set[tuple[str, str]]] = {}
+    for site in population.names:
+        for name in PARTS:
+            for row in getattr(population.splits(site), name).rows.tolist():
+                place.setdefault(images[row], set()).add((site, name))
+    assert [len(places) for places in place.values()] == [1] * 30
+    assert [len({n for n, p in place.items() if p & {(s, q) for q in PARTS}}) for s in population.names] == [10, 10, 10]
+    if parts == "blocks":
+        for site in population.names:
+            assert [len({n for n, p in place.items() if p == {(site, q)}}) for q in PARTS] == [6, 2, 2]
