@@ -28,7 +28,7 @@ MEMBRANES, CELLS = "examples/em-membranes.toml", "examples/blood-cells.toml"
 SEGMENTER = "--set model.name=segmenter --set train.lr=0.001 --set train.epochs=4 --set task.loss=both"
 DETR = (
     "--set model.name=detr --set train.lr=0.001 --set train.schedule=cosine --set train.clip=1 --set train.epochs=5 "
-    "--set federation.rounds=30"
+    "--set federation.rounds=20"
 )
 TITLES = {
     "chest-xray": ("Pneumonia in chest X-rays, four label-skewed sites", "examples/chest-xray.toml"),
@@ -42,7 +42,7 @@ TITLES = {
     "em-segmenter": ("Membranes: Segmenter", f"{MEMBRANES} {SEGMENTER}"),
     "cells-faster-rcnn": ("Blood cells: Faster R-CNN", CELLS),
     "cells-yolo": ("Blood cells: YOLO", f"{CELLS} --set model.name=yolo"),
-    "cells-detr": ("Blood cells: DETR, five times as long", f"{CELLS} {DETR}"),
+    "cells-detr": ("Blood cells: DETR, three times as long", f"{CELLS} {DETR}"),
 }
 NOTES = {
     "heart": """

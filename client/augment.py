@@ -60,7 +60,7 @@ class Augment:
 
     def _one(self, x: Tensor, y: Tensor, proposals: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         image = tv_tensors.Image(x)
-        if self.target == "class":
+        if self.target in ("class", "tokens", "none"):  # nothing that has a place in the image
             return self.change(image).as_subclass(Tensor), y, proposals
         if self.target == "mask":
             image, mask = self.change(image, tv_tensors.Mask(y))

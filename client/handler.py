@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -17,14 +17,16 @@ from shared_models.errors import DataError, FedzooError, FingerprintError
 from shared_models.job import Job
 from shared_models.keys import key, keyed_global
 from shared_models.messages import Contribution, Instruction, refusal
+from shared_models.methods.base import Progress, overrides
 from shared_models.normalisation import FEWEST, channel_sums
 from shared_models.spec import require_same
 from shared_models.sums import Groups
 
 log = logging.getLogger("fedzoo.client")
 
+Tensors = Mapping[str, torch.Tensor]
 Data = Callable[[Job], Splits]
-Benches = Callable[[Job], Workbench]
+Benches = Callable[[Job, Tensors], Workbench]
 
 
 class Handler:
@@ -72,7 +74,9 @@ class Handler:
     def _answer(self, instruction: Instruction) -> Contribution:
         if instruction.site != self.site:
             raise FingerprintError(f"an instruction for '{instruction.site}' reached '{self.site}'", code="wrong-site")
-        bench = self.benches(instruction.job)
+        if "start" in instruction.groups:
+            self.state.keep_start(instruction.run, instruction.groups["start"])
+        bench = self.benches(instruction.job, self.state.start(instruction.run))
         if instruction.kind == "probe":
             return self._probe(instruction, bench)
         if bench.spec.fingerprint != instruction.fingerprint:
@@ -90,7 +94,9 @@ class Handler:
         metrics = {
             f"{part}/{task}/{name}": value
             for part, task in instruction.evaluate
-            for name, value in evaluate(bench, self._examples(splits, part, task, instruction.job)).items()
+            for name, value in evaluate(
+                bench, self._examples(splits, part, task, instruction.job), self.site, part
+            ).items()
         }
         if instruction.kind == "evaluate":
             return self._reply(instruction, metrics=metrics)
@@ -131,14 +137,19 @@ class Handler:
         kept: dict[str, Groups],
         metrics: dict[str, torch.Tensor],
     ) -> Contribution:
-        down = _on(bench.device, instruction.groups)
-        states = [piece.begin_round(down, kept.get(piece.name, {})) for piece in bench.pieces]
-        progress = train(bench, examples, instruction, states)
+        down, method = _on(bench.device, instruction.groups), bench.pieces[0]
         after = dict(kept)
         up: Groups = {}
-        for i, piece in enumerate(bench.pieces):
-            given, after[piece.name] = piece.end_round(bench.sent(), down, kept.get(piece.name, {}), progress)
-            up = given if i == 0 else up  # the federated method's answer; a continual piece sends nothing
+        if overrides(method, "answer"):
+            bench.model.eval()
+            up = method.answer(bench.model, bench.task, in_order(examples, bench), down)
+            progress = Progress(steps=1, samples=len(examples), lr_sum=0.0)
+        else:
+            states = [piece.begin_round(down, kept.get(piece.name, {})) for piece in bench.pieces]
+            progress = train(bench, examples, instruction, states)
+            for i, piece in enumerate(bench.pieces):
+                given, after[piece.name] = piece.end_round(bench.sent(), down, kept.get(piece.name, {}), progress)
+                up = given if i == 0 else up  # the federated method's answer; a continual piece sends nothing
         after["personal"] = bench.personal()
         reply = self._reply(
             instruction,
@@ -194,7 +205,7 @@ def _normalised(splits: Splits, instruction: Instruction) -> Splits:
     """
     if instruction.job.data.normalise_by != "sites":
         return splits
-    given, form = instruction.statistics, (instruction.job.data.shape[0],)
+    given, form = instruction.statistics, (instruction.job.data.channels,)
     if given.keys() != {"mean", "std"} or not all(
         t.shape == form and t.dtype == torch.float32 and bool(torch.isfinite(t).all()) for t in given.values()
     ):

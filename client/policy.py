@@ -55,7 +55,7 @@ class Policy:
 
     def require(self, instruction: Instruction) -> None:
         """Raise a PolicyError where the site has not approved the job, or more is asked than the job says."""
-        job = instruction.job
+        job = instruction.job.whole
         if self.approve_all or job.hash in self.approved or job.hash in self.later():
             if self.as_written and not _is_as_written(instruction):
                 raise PolicyError(

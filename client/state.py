@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -37,12 +38,27 @@ class State(Protocol):
     def save(self, instruction: Instruction, kept: dict[str, Groups], answer: Contribution) -> None:
         """Remember, all or nothing."""
 
+    def start(self, run: str) -> Mapping[str, torch.Tensor]:
+        """What an earlier stage left, of entries that no round sends; empty in a first stage."""
+
+    def keep_start(self, run: str, values: Mapping[str, torch.Tensor]) -> None:
+        """Remember that."""
+
 
 class MemoryState:
     """For simulated sites: memory only. Tensors are copied, because an engine reuses its model's memory."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[str, Groups]] = {}
+        self._start: dict[str, Mapping[str, torch.Tensor]] = {}
+
+    def start(self, run: str) -> Mapping[str, torch.Tensor]:
+        """What was kept, or nothing."""
+        return self._start.get(run, {})
+
+    def keep_start(self, run: str, values: Mapping[str, torch.Tensor]) -> None:
+        """By reference: all sites of a process share it."""
+        self._start[run] = values
 
     def load(self, run: str) -> dict[str, Groups]:
         """What was saved, or nothing."""
@@ -75,6 +91,22 @@ class DiskState:
     def __init__(self, root: Path, site: str) -> None:
         self.root = root
         self.site = site
+
+    def start(self, run: str) -> Mapping[str, torch.Tensor]:
+        """What was kept, or nothing; raises as `load`."""
+        path = self._folder(run) / "start"
+        try:
+            return load(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"the site's start values {path} cannot be read: {error}", hint="Restore them") from None
+
+    def keep_start(self, run: str, values: Mapping[str, torch.Tensor]) -> None:
+        """One file of the run's folder; raises as `load`."""
+        folder = self._folder(run)
+        private_folder(folder)
+        write_whole(folder / "start", save({n: t.detach().contiguous().cpu() for n, t in values.items()}))
 
     def load(self, run: str) -> dict[str, Groups]:
         """What was saved, or nothing.

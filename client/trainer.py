@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from client.readers.base import Examples
 from client.workbench import Workbench
 from shared_models.job import TrainPart
 from shared_models.keys import generator, key, keyed_global
-from shared_models.messages import Budget, Instruction
+from shared_models.messages import Budget, Instruction, Part
 from shared_models.methods.base import Method, Progress, overrides
 from shared_models.tasks.base import Batch, add_sums
 
@@ -146,33 +147,39 @@ def learning_rate(part: TrainPart, position: float) -> float:
 
 
 @torch.inference_mode()
-def evaluate(bench: Workbench, data: Examples) -> dict[str, Tensor]:
-    """Metric sums of the loaded model on these examples; empty for none."""
+def evaluate(bench: Workbench, data: Examples, site: str = "", part: Part = "test") -> dict[str, Tensor]:
+    """Metric sums of the loaded model on these examples; empty for none.
+
+    What a task draws while it measures depends on the job's seed and the site alone: every model is measured alike.
+    """
     sums: dict[str, Tensor] = {}
     bench.model.eval()
-    for batch in in_order(data, bench):
-        add_sums(sums, _measure(bench, batch))
+    draws = bench.task.draws
+    with keyed_global(key(bench.job.seed, "evaluate", site=site), bench.device) if draws else nullcontext():
+        for batch in in_order(data, bench):
+            add_sums(sums, _measure(bench, batch, part))
     return sums
 
 
-def _measure(bench: Workbench, batch: Batch) -> dict[str, Tensor]:
+def _measure(bench: Workbench, batch: Batch, part: Part) -> dict[str, Tensor]:
     """Metric sums of one batch, in halves where memory runs out."""
     try:
         with bench.autocast():
-            outputs = bench.task.forward(bench.model, batch)
+            outputs = bench.task.examine(bench.model, batch, part)
         return bench.task.sums(outputs, batch)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
     bench.free()
     middle = len(batch) // 2
-    sums = _measure(bench, batch[:middle])
-    add_sums(sums, _measure(bench, batch[middle:]))
+    sums = _measure(bench, batch[:middle], part)
+    add_sums(sums, _measure(bench, batch[middle:], part))
     return sums
 
 
 def in_order(data: Examples, bench: Workbench) -> Iterator[Batch]:
     """All examples once, in order, in batches of at most 256 and about a million numbers, or the job's own size."""
-    size = max(min(256, EVALUATION_NUMBERS // math.prod(bench.job.data.shape)), bench.job.train.batch_size)
+    size = max(min(256, EVALUATION_NUMBERS // math.prod(bench.job.data.sample)), bench.job.train.batch_size)
+    size = bench.task.evaluation_batch(size)
     for rows in torch.arange(len(data)).split(size) if len(data) else ():
         yield data.batch(rows, bench.device)

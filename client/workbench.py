@@ -24,15 +24,17 @@ class Workbench:
     Args:
         job: the resolved job.
         device: `cuda` where there is one, else `cpu`, unless given.
+        start: what an earlier stage of the job left, of the entries that stay at the node.
 
     Attributes:
         halvings: how often a batch had to be halved so far because memory ran out; it stays for the next rounds.
     """
 
-    def __init__(self, job: Job, device: torch.device | None = None) -> None:
+    def __init__(self, job: Job, device: torch.device | None = None, start: Mapping[str, Tensor] | None = None) -> None:
         self.job = job
+        self.start = start or {}
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, self.spec = build_model(job, receives=True)
+        self.model, self.spec = build_model(job, receives=True, start=self.start)
         self.model.to(self.device)
         self.task = make_task(job)
         self.pieces = make_pieces(job)
@@ -98,17 +100,22 @@ class Workbench:
 
 
 class Benches:
-    """Keeps the last job's workbench: the next round of the same job finds it warm."""
+    """Keeps the last job's workbench: the next round of the same job with the same start finds it warm."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
         self._bench: Workbench | None = None
 
-    def __call__(self, job: Job) -> Workbench:
+    def __call__(self, job: Job, start: Mapping[str, Tensor] | None = None) -> Workbench:
         """The warm one where it is the same job, else a new one."""
-        if self._bench is None or (self._bench.job is not job and self._bench.job.hash != job.hash):
-            self._bench = Workbench(job, self.device)
-        return self._bench
+        bench, start = self._bench, start or {}
+        if bench is None or (bench.job is not job and bench.job.hash != job.hash) or not _same(bench.start, start):
+            self._bench = bench = Workbench(job, self.device, start)
+        return bench
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a is b or (a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a))
 
 
 def make_optimizer(part: TrainPart, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

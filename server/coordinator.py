@@ -70,7 +70,8 @@ class Progress:
 class Outcome:
     """A finished run: the model, and its test metrics on each site's own data and on all sites' data together.
 
-    `statistics` are the mean and std that were measured at the sites, where the job wanted that.
+    `statistics` are the mean and std that were measured at the sites, where the job wanted that; `stages` are the test
+    metrics that earlier stages reached. The model holds also what it took over of an earlier stage and did not train.
     """
 
     model: Mapping[str, Tensor]
@@ -81,6 +82,7 @@ class Outcome:
     matrix: Sequence[Sequence[float]]
     totals: Totals
     statistics: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """As plain data, without the tensors."""
@@ -97,6 +99,7 @@ class Coordinator:
         folder: receives checkpoint, events and result; None keeps nothing.
         events: where events go besides.
         evaluators: sites whose validation and test data measure the model at the end; by default the population.
+        start: values of entries that an earlier stage of the job left.
         budget: round -> budget of each selected site, None to leave the round out; by default the job's own.
     """
 
@@ -109,6 +112,7 @@ class Coordinator:
         folder: Path | None = None,
         events: Events | None = None,
         evaluators: Sequence[str] | None = None,
+        start: Mapping[str, Tensor] | None = None,
         budget: Callable[[int], Budget | None] | None = None,
     ) -> None:
         self.job, self.executor, self.run_id, self.folder = job, executor, run, folder
@@ -116,8 +120,10 @@ class Coordinator:
         self.evaluators = evaluators
         self.budget = budget or (lambda round: round_budget(job, round))
         self.method, self.task = make_method(job), make_task(job)
-        model, self.spec = build_model(job)
+        self.measure = self.task.measure(self.task.headline)
+        model, self.spec = build_model(job, start=start)
         entries = model.state_dict()
+        self._left = {name: entries[name] for name in self.spec.kept} if start else {}
         template = {name: entries[name].detach().clone() for name in self.spec.sent}
         self.state: Groups = self.method.init(template, self.spec.trained)
         self.statistics: Mapping[str, Tensor] = {}
@@ -182,6 +188,10 @@ class Coordinator:
         self.statistics = merge(given[site] for site in sorted(given))
         self.events.emit("statistics", sites=sorted(given), **self._numbers())
         self._checkpoint()
+
+    def _shown(self) -> dict[str, Any]:
+        """The headline and how it is shown: what an event needs to be read alone."""
+        return {"metric": self.task.headline, **asdict(self.measure)}
 
     def _numbers(self) -> dict[str, list[float]]:
         return {name: [round_to(v) for v in values.tolist()] for name, values in self.statistics.items()}
@@ -261,6 +271,7 @@ class Coordinator:
             sites=sites,
             **columns,
             rejected=refused,
+            headline=self._shown(),
             validation=self.progress.curve[-1],
         )
 
@@ -270,8 +281,9 @@ class Coordinator:
         values = self.task.values(sums) if sums else {}
         self.progress.curve.append({"round": round, **{k: round_to(v) for k, v in values.items()}})
         if values and self.job.federation.select == "best":
-            score = values[self.task.headline]
-            if not math.isnan(score) and (self.progress.best is None or score > self.progress.best[0]):
+            score, best = values[self.task.headline], self.progress.best
+            sign = 1 if self.measure.larger else -1
+            if not math.isnan(score) and (best is None or sign * score > sign * best[0]):
                 self.progress.best, self.best_model = (score, round), self.state["model"]
 
     # ---- between tasks and at the end --------------------------------------------------------------------------------
@@ -299,6 +311,7 @@ class Coordinator:
             model = self.best_model
             replies = self._evaluate(model, parts, rounds)
         self.progress.totals.seconds += time.perf_counter() - started
+        model = {**self._left, **model}
         outcome = Outcome(
             model=model,
             fingerprint=self.spec.fingerprint,
@@ -311,7 +324,8 @@ class Coordinator:
         )
         if self.folder:
             write_whole(self.folder / "model.safetensors", save({n: t.contiguous() for n, t in model.items()}))
-        self.events.emit("end", test=outcome.all_sites, per_site=outcome.per_site, totals=asdict(outcome.totals))
+        tests = {"test": outcome.all_sites, "per_site": outcome.per_site}
+        self.events.emit("end", headline=self._shown(), **tests, totals=asdict(outcome.totals))
         return outcome
 
     def _evaluate(
@@ -346,7 +360,8 @@ class Coordinator:
         return Instruction(kind, self.run_id, "", self.job, self.spec.fingerprint, **fields)
 
     def _probe(self, site: str) -> Instruction:
-        return replace(self._instruction("probe", document=self.spec.document), site=site)
+        groups = {"start": self._left} if self._left else {}
+        return replace(self._instruction("probe", document=self.spec.document, groups=groups), site=site)
 
     def _checkpoint(self) -> None:
         if self.folder:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
+from server.chain import run_stages, stage_folder, stage_run
 from server.config import ServerFolder
 from server.coordinator import Coordinator
 from server.events import Events, without_nan
@@ -19,6 +22,7 @@ from server.runs import ACTIVE, RunFolder, find_run
 from shared_models.errors import FedzooError
 from shared_models.files import write_whole
 from shared_models.flower import shorten_object_backoff
+from shared_models.job import Job
 
 log = logging.getLogger("fedzoo.server")
 app = ServerApp()
@@ -43,7 +47,12 @@ def _carry(run: RunFolder, server: ServerFolder, grid: Grid) -> None:
     try:
         job = run.job()
         executor = FlowerExecutor(grid, Roster(server.nodes), job.federation.round_timeout, events)
-        outcome = Coordinator(job, executor, run.id, folder=run.path, events=events).run()
+
+        def round_loop(step: Job, start: Mapping[str, Tensor]) -> Coordinator:
+            folder = stage_folder(run.path, step)
+            return Coordinator(step, executor, stage_run(run.id, step), folder=folder, events=events, start=start)
+
+        outcome = run_stages(job, round_loop)
     except FedzooError as error:
         events.emit("failed", code=error.code, reason=str(error))
         run.write(only_from=("running",), state="failed", reason=str(error))

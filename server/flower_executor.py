@@ -51,6 +51,8 @@ class FlowerExecutor:
     def admit(self, probe: Callable[[str], Instruction], need: int, wait: float) -> None:
         """Wait until `need` sites are online, willing and would train the same model."""
         self._probe = probe
+        self._willing.clear()
+        self._refused.clear()
         self.population(need, wait)
 
     def population(self, need: int, wait: float) -> Sequence[str]:

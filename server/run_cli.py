@@ -149,8 +149,9 @@ def describe(event: dict[str, Any]) -> str:
     """One event as one line, empty for those a person need not see."""
     kind = event["event"]
     if kind == "round":
-        values = {k: event["validation"].get(k) for k in ("accuracy", "loss")}
-        measured = ", ".join(f"{k} {v:.3f}" for k, v in values.items() if v is not None) or "of nothing"
+        loss = event["validation"].get("loss")
+        parts = [_headline(event, "validation"), "" if loss is None else f"loss {loss:.3f}"]
+        measured = ", ".join(filter(None, parts)) or "of nothing"
         answered = f"{len(event['sites'])} of {len(event['sites']) + len(event['rejected'])} sites"
         return f"round {event['round'] + 1}/{event['rounds']}: {answered}; before it: validation {measured}"
     if kind == "waiting":
@@ -160,11 +161,20 @@ def describe(event: dict[str, Any]) -> str:
         detail = f": {event['detail']}" if event.get("detail") else ""
         return f"{kind} {event['site']}: {event['code']}{detail}"
     if kind == "end":
-        accuracy = event["test"].get("accuracy")
-        return "done" if accuracy is None else f"done: accuracy on all sites' tests {accuracy:.3f}"
+        found = _headline(event, "test", " on all sites' tests")
+        return f"done: {found}" if found else "done"
     return {"resumed": f"resumed at round {event.get('round')}", "failed": f"failed: {event.get('reason')}"}.get(
         kind, ""
     )
+
+
+def _headline(event: dict[str, Any], part: str, where: str = "") -> str:
+    """`accuracy 91.0 %`; empty where it was not measured. An event that does not say how it is shown is of accuracy."""
+    shown = {"metric": "accuracy", "unit": "%", "factor": 100.0, "digits": 1, **event.get("headline", {})}
+    value = event[part].get(shown["metric"])
+    if value is None:
+        return ""
+    return f"{shown['metric']}{where} {shown['factor'] * value:.{shown['digits']}f} {shown['unit']}".rstrip()
 
 
 def _follow(folder: RunFolder, as_json: bool) -> None:

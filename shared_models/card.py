@@ -20,10 +20,11 @@ from shared_models.errors import ConfigError
 from shared_models.job import Job
 from shared_models.keys import generator, key, keyed_global
 from shared_models.messages import payload_bytes
-from shared_models.models import Model, Shape, configure, models
+from shared_models.models import FORMS, Model, Shape, configure, models
 from shared_models.registry import nearest
 from shared_models.spec import build_model
 from shared_models.tasks.base import Batch, Task, make_task, tasks
+from shared_models.tokens import BYTES
 from shared_models.weights import Match
 
 REPEATS, SECONDS = 5, 4.0  # a measurement ends after so many repetitions, or once they took so long
@@ -88,6 +89,8 @@ def make_card(
     if task not in declared.tasks:
         raise ConfigError(f"model '{name}' does not serve the task '{task}'", hint=nearest("", list(declared.tasks)))
     shape = shape or _usual(declared, size)
+    if len(shape) != 1 or "tokens" not in declared.inputs:  # of a text its length will do
+        declared.require(shape)
     job = default_job(name, size=size, task=task, shape=shape, classes=classes, weights=weights)
     cost = measure(job, batch)
     unit = "batch" if "batch" in (declared.unit(settings), kind.unit) else "sample"
@@ -103,7 +106,7 @@ def make_card(
         "stackable": declared.stackable,
         "proposals": declared.proposals,
         "heads": list(declared.heads),
-        "sizes": [_size_row(declared, row, make_task(job).outputs) for row in declared.sizes],
+        "sizes": [_size_row(declared, row, job) for row in declared.sizes],
         "settings": settings.model_dump(mode="json", exclude={"size"}),
         "measured": {
             "size": size,
@@ -123,17 +126,33 @@ def make_card(
 
 def default_job(name: str, *, size: str, task: str, shape: Shape, classes: int, weights: str = "") -> Job:
     """A job that says nothing but these."""
-    features = [f"feature {i}" for i in range(shape[0])] if len(shape) == 1 else []
+    labels = [str(c) for c in range(classes)]
     return Job.resolve(
         {
             "name": "card",
             "model": {"name": name, "size": size},
-            "task": {"name": task, "labels": [str(c) for c in range(classes)]},
-            "data": {"shape": shape, "features": features},
+            "task": {"name": task, **({"labels": labels} if wants_labels(task) else {})},
+            "data": usual_data(models[name], shape),
             "weights": {"file": weights},
         },
         where="fedzoo models show",
     )
+
+
+def wants_labels(task: str) -> bool:
+    """Whether a job has to list labels for a task."""
+    return tasks[task].Settings.model_fields["labels"].is_required()
+
+
+def usual_data(declared: Model, shape: Shape) -> dict[str, Any]:
+    """`[data]` for a model and the shape of what it is built for; texts are bytes, whatever the vocabulary was."""
+    form = next((f for f in declared.inputs if len(FORMS[f]) == len(shape)), declared.inputs[0])
+    if form == "tokens":
+        return {"shape": shape[:1], "tokenizer": BYTES}
+    if form == "image-text":
+        return {"shape": shape[:3], "tokenizer": BYTES, **({"text_length": shape[3]} if len(shape) > 3 else {})}
+    features = [f"feature {i}" for i in range(shape[0])] if len(shape) == 1 else []
+    return {"shape": shape, "features": features}
 
 
 def measure(job: Job, batch_size: int) -> Cost:
@@ -178,15 +197,17 @@ def draw(task: Task, job: Job, count: int) -> Batch:
     return batch
 
 
-def _size_row(declared: Model, size: str, outputs: int) -> dict[str, Any]:
+def _size_row(declared: Model, size: str, job: Job) -> dict[str, Any]:
     """A size, its usual shape and how many parameters it has there, counted without memory for them."""
     _, settings = configure(declared.name, {"size": size})
-    shape = _usual(declared, size)
+    shape, task = _usual(declared, size), make_task(job)
+    vocabulary = job.data.tokenizer and task.outputs == job.data.sample[-1]
+    outputs = shape[-1] if vocabulary else task.outputs
     with torch.device("meta"):
         return {
             "size": size,
             "shape": list(shape),
-            "parameters": _count(declared.build(settings, shape, outputs)),
+            "parameters": _count(declared.build(settings, task.shape(shape), outputs, each=task.each)),
         }
 
 

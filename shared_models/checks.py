@@ -47,7 +47,7 @@ def check_contribution(
     if contribution.code != OK:
         raise Rejected(f"the site answered '{contribution.code}'", code=contribution.code)
     if instruction.kind == "statistics":
-        expected, max_norm = {"statistics": no_sums(instruction.job.data.shape[0])}, math.inf
+        expected, max_norm = {"statistics": no_sums(instruction.job.data.channels)}, math.inf
     elif instruction.kind != "train":
         return 0.0
     if not contribution.examples <= MAX_COUNT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import TYPE_CHECKING
 
 from shared_models.errors import CompatibilityError
@@ -15,6 +16,12 @@ def _wrong_task(job: Job) -> bool:
     from shared_models.models import models
 
     return job.task.name not in models[job.model.name].tasks
+
+
+def _wrong_form(job: Job) -> bool:
+    from shared_models.models import models
+
+    return job.data.form not in models[job.model.name].inputs
 
 
 def _not_continual(job: Job) -> bool:
@@ -35,14 +42,29 @@ def _target(job: Job) -> str:
     return tasks[job.task.name].target
 
 
+def _closed_form(job: Job) -> bool:
+    """Whether sites answer with sums of examples, without training steps."""
+    from shared_models.methods.base import make_method, overrides
+
+    return overrides(make_method(job), "answer")
+
+
 RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_wrong_task, "model '{job.model.name}' cannot serve the task '{job.task.name}'"),
+    (
+        _wrong_form,
+        "model '{job.model.name}' cannot take what [data] describes, {job.data.form} of shape {job.data.shape}",
+    ),
     (_not_federated, "'{job.method.name}' is a continual method: it goes into [continual], not [method]"),
     (_not_continual, "'{job.continual.name}' is a federated method: it goes into [method], not [continual]"),
     (
         lambda job: job.time == "continual" and _target(job) != "class",
         "a stream cuts the labels into tasks, and an example of the task '{job.task.name}' has no single label; "
         "time = 'offline' can train it",
+    ),
+    (
+        lambda job: bool(job.stages) and job.time == "continual",
+        "[[stages]] are trainings one after another, and so are the tasks of a stream; use one of the two",
     ),
     (
         lambda job: job.simulation.partition == "dirichlet" and _target(job) != "class",
@@ -55,11 +77,15 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     ),
     (
         lambda job: job.augment.active and len(job.data.shape) != 3,
-        "[augment] changes images, and data.shape = {job.data.shape} is a row of features",
+        "[augment] changes images, and [data] describes {job.data.form} of shape {job.data.shape}",
     ),
     (
         lambda job: job.augment.quarter_turns and len(set(job.data.shape[1:])) == 2,
         "augment.quarter_turns turns square images, and data.shape = {job.data.shape} is not square",
+    ),
+    (
+        lambda job: job.augment.quarter_turns and job.task.name == "rotation",
+        "augment.quarter_turns turns images before the task 'rotation' does, which then cannot tell how far",
     ),
     (
         lambda job: job.method.name == "scaffold" and job.train.clip > 0,
@@ -106,7 +132,33 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "never trained those entries",
     ),
     (
-        lambda job: job.place == "isolated" and job.method.name != "fedavg",
+        lambda job: job.method.name == "lloyd" and job.model.name != "kmeans",
+        "method 'lloyd' moves the centroids of the model 'kmeans', and '{job.model.name}' has none",
+    ),
+    (
+        lambda job: job.method.name == "pca" and job.model.name != "pca",
+        "method 'pca' finds the components of the model 'pca', and '{job.model.name}' has none",
+    ),
+    (
+        lambda job: job.method.name == "pca" and prod(job.data.shape) > 4096,
+        "method 'pca' sends a number for every pair of the numbers of an example, and data.shape = {job.data.shape} "
+        "has more than 4096 of them; 'fedavg' trains the model 'pca' without",
+    ),
+    (
+        lambda job: _closed_form(job) and job.time == "continual",
+        "method '{job.method.name}' solves for the data at hand and makes no training step that a continual method "
+        "could change: after each task it would know that task alone",
+    ),
+    (
+        lambda job: _closed_form(job) and job.augment.active,
+        "method '{job.method.name}' sums the examples as they are, and [augment] would change nothing",
+    ),
+    (
+        lambda job: _closed_form(job) and bool(job.share.personal or job.share.base),
+        "method '{job.method.name}' solves for the whole model, and [share] would keep a part of it back",
+    ),
+    (
+        lambda job: job.place == "isolated" and job.method.name != "fedavg" and not _closed_form(job),
         "isolated sites never aggregate, so method '{job.method.name}' would do nothing there",
     ),
 )

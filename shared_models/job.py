@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from shared_models.errors import ConfigError
+from shared_models.errors import ConfigError, FedzooError
 from shared_models.files import read_toml
 from shared_models.validation import validate
 
 Place = Literal["centralized", "isolated", "federated"]
 Time = Literal["offline", "continual"]
+Form = Literal["image", "features", "tokens", "series", "image-text"]
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -49,7 +50,7 @@ class TaskPart(Choice):
     """`[task]`: the loss, the metric and the label list that fixes every class index."""
 
     name: str = "classification"
-    labels: tuple[str, ...] = Field(min_length=1)
+    labels: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _distinct(self) -> TaskPart:
@@ -61,10 +62,21 @@ class TaskPart(Choice):
 class DataPart(Part):
     """`[data]`: the preprocessing all sites share.
 
-    Images become float32 (C, H, W), `(x / 255 - mean) / std`; features float32 (F,), `(x - mean) / std`.
+    Images become float32 (C, H, W), `(x / 255 - mean) / std`; features float32 (F,) and series float32 (T, C),
+    `(x - mean) / std`; texts become the ids of their tokens, (T,) int64, a shorter one padded.
 
     Attributes:
-        shape: (C, H, W) with C = 1 (grey) or 3 (colour), or (F,): as many as `features`.
+        shape: (C, H, W) with C = 1 (grey) or 3 (colour); (F,): as many as `features`; (T, C): T steps of C numbers;
+            (T,), with a `tokenizer`: tokens of a text at most.
+        tokenizer: `bytes`, or a file of the library `tokenizers` (JSON), whose content becomes part of the job.
+        cut: what an example of a text file is: one of its `lines`, one of its `windows` of as many tokens as `shape`
+            says, or `roles`: windows of all that a role of a play says.
+        text_length: tokens of the text that goes with an image, at most.
+        captions: how many of an image's texts are read, in their order; each is an example, with a copy of the image.
+            Validation and test hold the first alone.
+        text: columns of a table that hold a text, joined by a space.
+        stride: steps from the start of one window of a long series to that of the next; 0: as many as a window has, so
+            that none overlap. Each window is a copy in memory.
         resize: how an image of another size gets to H x W: `stretch` it, or `pad` it to its longer side first. Masks
             and boxes follow.
         tile: (height, width) in an image's own pixels: it and its mask are cut into tiles of that size before they are
@@ -76,6 +88,8 @@ class DataPart(Part):
             before the first in which each site answers with sums and a count.
         parts: how examples are cut into train, validation and test where their owner has not: by a `hash` of each
             name, or in `blocks` of their order (slices of one volume, where a neighbour would give a test image away).
+        train_share: share of the train part that is used; chosen by the names, so that a larger share holds a smaller
+            one, and tiles of one image stay together. To learn from few labels; the other two parts are whole.
         features: columns of a table, in order; `"cp=3"` is 1 where column cp holds 3, else 0.
         target: the column that holds the class.
         missing: of a row that lacks a feature: `drop` it, or put the `mean` (after normalisation: 0).
@@ -89,7 +103,14 @@ class DataPart(Part):
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
     normalise_by: Literal["job", "sites"] = "job"
     parts: Literal["hash", "blocks"] = "hash"
+    train_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    tokenizer: str = ""
+    cut: Literal["lines", "windows", "roles"] = "lines"
+    text_length: Positive = 64
+    captions: Positive = 1
+    text: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
     features: tuple[str, ...] = ()
+    stride: Annotated[int, Field(ge=0)] = 0
     target: str = "label"
     missing: Literal["drop", "mean"] = "drop"
     proposals: Positive = 300
@@ -97,8 +118,11 @@ class DataPart(Part):
     @field_validator("shape")
     @classmethod
     def _image_or_features(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if len(shape) not in (1, 3):
-            raise ValueError(f"should be (C, H, W) of an image or (F,) of features, not {len(shape)} numbers")
+        if len(shape) not in (1, 2, 3):
+            raise ValueError(
+                f"should be (C, H, W) of an image, (T, C) of a series, or (F,) of features or tokens, not {len(shape)} "
+                "numbers"
+            )
         if len(shape) == 3 and shape[0] not in (1, 3):
             raise ValueError(f"an image has 1 (grey) or 3 (colour) channels, not {shape[0]}")
         return shape
@@ -107,13 +131,50 @@ class DataPart(Part):
     def _per_channel(self) -> DataPart:
         if self.normalise_by == "sites" and (self.mean, self.std) != ((0.5,), (0.5,)):
             raise ValueError("mean and std are measured where normalise_by = 'sites'; leave them out")
-        if not {len(self.mean), len(self.std)} <= {1, self.shape[0]}:
-            raise ValueError(f"mean and std need one number, or one per channel or feature ({self.shape[0]})")
-        if len(self.shape) == 1 and len(self.features) != self.shape[0]:
+        if self.form == "tokens":
+            if (self.mean, self.std, self.normalise_by) != ((0.5,), (0.5,), "job"):
+                raise ValueError("tokens are not normalised; leave mean, std and normalise_by out")
+            if len(self.shape) != 1 or self.shape[0] < 2:
+                raise ValueError("shape of a text is one number, of at least 2 tokens")
+        elif not {len(self.mean), len(self.std)} <= {1, self.channels}:
+            raise ValueError(f"mean and std need one number, or one per channel or feature ({self.channels})")
+        if self.form == "features" and len(self.features) != self.shape[0]:
             raise ValueError(f"shape says {self.shape[0]} features and the list 'features' names {len(self.features)}")
-        if len(self.shape) == 3 and self.features:
+        if self.form == "series" and self.features and len(self.features) != self.shape[1]:
+            raise ValueError(f"shape says {self.shape[1]} numbers a step and 'features' names {len(self.features)}")
+        if self.stride and self.form != "series":
+            raise ValueError("stride belongs to a series, whose shape is two numbers, e.g. shape = [96, 7]")
+        if 0 < self.stride < self.shape[0] and self.parts == "hash":
+            raise ValueError(
+                f"windows of {self.shape[0]} steps, one every {self.stride}, overlap, and parts = 'hash' would put the "
+                "same steps into train and test; parts = 'blocks' cuts in time"
+            )
+        if self.form not in ("features", "series") and self.features:
             raise ValueError("'features' belongs to a table, whose shape is one number, e.g. shape = [13]")
         return self
+
+    @property
+    def form(self) -> Form:
+        """What an example is."""
+        if self.tokenizer:
+            return "image-text" if len(self.shape) == 3 else "tokens"
+        forms: dict[int, Form] = {1: "features", 2: "series", 3: "image"}
+        return forms[len(self.shape)]
+
+    @property
+    def channels(self) -> int:
+        """How many numbers `mean` and `std` have at most: channels, features, or numbers of a step."""
+        return self.shape[-1] if self.form == "series" else self.shape[0]
+
+    @property
+    def sample(self) -> tuple[int, ...]:
+        """What a model is built for (`shared_models.models.FORMS`): with the vocabulary where there are tokens."""
+        if not self.tokenizer:
+            return self.shape
+        from shared_models.tokens import make_tokenizer
+
+        size = make_tokenizer(self.tokenizer).size
+        return (*self.shape, self.text_length, size) if self.form == "image-text" else (*self.shape, size)
 
 
 class WeightsPart(Part):
@@ -145,6 +206,20 @@ class SharePart(Part):
 
     personal: tuple[str, ...] = ()
     base: tuple[str, ...] = ()
+
+
+class LoraPart(Part):
+    """`[lora]`: low-rank adapters beside linear layers (`shared_models.lora`); all else but the head stays as it is.
+
+    Attributes:
+        rank: of the product that is learned; 0: no adapters.
+        alpha: the product is multiplied by `alpha / rank`.
+        targets: patterns of layers' names; empty: every linear layer but the head's.
+    """
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    targets: tuple[str, ...] = ()
 
 
 class TrainPart(Part):
@@ -245,6 +320,9 @@ class SimulationPart(Part):
         sites: how many (not for `column`).
         alpha: concentration of the Dirichlet distribution.
         min_examples: smallest site a Dirichlet draw may give; it is drawn again until all have that many.
+        smallest: sites of a column with fewer examples are left out.
+        test: which test examples measure at each site: its `own`, or those of all sites, `shared`, where a metric needs
+            more examples than one site has (recall in a gallery). Training and validation examples stay its own.
         seed: of the split alone, so that several training seeds share one split.
         values: site -> column of a table -> its own word -> the word that all sites share: what each site's
             `client.toml` says under `[data.values]`.
@@ -256,8 +334,39 @@ class SimulationPart(Part):
     sites: Positive = 3
     alpha: Annotated[float, Field(gt=0)] = 0.5
     min_examples: Positive = 10
+    smallest: Positive = 1
+    test: Literal["own", "shared"] = "own"
     seed: int = 0
     values: dict[str, dict[str, dict[str, str]]] = {}
+
+
+STAGED = ("model", "task", "data", "method", "share", "lora", "train", "augment", "federation")
+
+
+class Stage(BaseModel):
+    """`[[stages]]`: one of several trainings that follow one another, each from the weights of the one before.
+
+    Beside its name a stage has tables of the job (`[stages.task]`, ...) that say what is different in it. Entries of
+    the model whose names and shapes are those of the stage before are carried over; the head is not, where the task
+    is another.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")
+
+    @property
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """Table -> its keys."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _known_tables(self) -> Stage:
+        for table, keys in self.changes.items():
+            if table not in STAGED:
+                raise ValueError(f"a stage cannot change '{table}'; it can change {', '.join(STAGED)}")
+            if not isinstance(keys, dict):
+                raise ValueError(f"'{table}' should be a table")
+        return self
 
 
 class Job(Part):
@@ -274,10 +383,12 @@ class Job(Part):
     continual: Choice = Choice(name="finetune")
     weights: WeightsPart = WeightsPart()
     share: SharePart = SharePart()
+    lora: LoraPart = LoraPart()
     train: TrainPart = TrainPart()
     augment: AugmentPart = AugmentPart()
     federation: FederationPart = FederationPart()
     stream: StreamPart = StreamPart()
+    stages: tuple[Stage, ...] = ()
     simulation: SimulationPart = SimulationPart()
 
     @staticmethod
@@ -294,6 +405,7 @@ class Job(Part):
         data = read_toml(path)
         for override in overrides:
             _override(data, override)
+        _take_in_tokenizer(data, path.parent)
         return Job.resolve(data, where=str(path))
 
     @staticmethod
@@ -303,8 +415,11 @@ class Job(Part):
         from shared_models.methods.base import methods
         from shared_models.models import configure
         from shared_models.tasks.base import require_headline, tasks
+        from shared_models.tokens import make_tokenizer
 
         job = validate(Job, data, where)
+        if job.data.tokenizer:
+            make_tokenizer(job.data.tokenizer)
         _, model = configure(job.model.name, job.model.keys, f"{where}: [model]")
         filled: dict[str, Any] = {"model": {"name": job.model.name, **model.model_dump()}}
         keys = {"labels": job.task.labels, **job.task.keys}
@@ -317,7 +432,42 @@ class Job(Part):
             filled[part] = {"name": choice.name, **settings.model_dump()}
         job = validate(Job, {**job.model_dump(), **filled}, where)
         require_compatible(job)
-        return job
+        return job._with_stages(where) if job.stages else job
+
+    def _with_stages(self, where: str) -> Job:
+        """The same with every default of its stages filled in, and with the job of each."""
+        twice = next((s.name for i, s in enumerate(self.stages) if s.name in [t.name for t in self.stages[:i]]), "")
+        if twice:
+            raise ConfigError(f"{where}: two stages are called '{twice}'", hint="Rename one")
+        steps, full = [], []
+        for stage in self.stages:
+            try:
+                step = self.replace(stages=[], **stage.changes)
+            except FedzooError as error:
+                raise ConfigError(f"{where}: stage '{stage.name}': {error.what}", hint=error.hint) from None
+            written = step.model_dump(mode="json", exclude_none=True)
+            full.append({"name": stage.name, **{table: written[table] for table in stage.changes}})
+            steps.append(step)
+        whole = validate(Job, {**self.model_dump(), "stages": full}, where)
+        for index, step in enumerate(steps):
+            step.__dict__.update(whole=whole, stage=index)
+        whole.__dict__["steps"] = tuple(steps)
+        return whole
+
+    @cached_property
+    def steps(self) -> tuple[Job, ...]:
+        """The jobs that are carried out one after another: of its stages, or itself."""
+        return (self,)
+
+    @cached_property
+    def whole(self) -> Job:
+        """The job that this is a stage of, or itself: what is sent, hashed and approved."""
+        return self
+
+    @cached_property
+    def stage(self) -> int:
+        """Which stage of the whole job this is."""
+        return 0
 
     def replace(self, **changes: Any) -> Job:
         """A resolved copy; `part={"key": value}` changes keys of that part, `key=value` a top-level key.
@@ -360,6 +510,23 @@ class Job(Part):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
+def _take_in_tokenizer(data: dict[str, Any], folder: Path) -> None:
+    """Replace the name of a tokenizer file by its content, which is then hashed, approved and sent with the job."""
+    part = data.get("data")
+    if not isinstance(part, dict):
+        return
+    name = part.get("tokenizer")
+    if not isinstance(name, str) or not name.endswith(".json"):
+        return
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"data.tokenizer: {folder / name} cannot be read: {error}", hint="Name a tokenizer.json beside the job file"
+        ) from None
+    data["data"] = {**part, "tokenizer": json.dumps(content, ensure_ascii=False, separators=(",", ":"))}
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     path, found, text = override.partition("=")
     keys = path.strip().split(".")
@@ -371,6 +538,9 @@ def _override(data: dict[str, Any], override: str) -> None:
         value = text.strip()
     table = data
     for name in keys[:-1]:
+        if isinstance(table.get(name), list):  # stages, by their names
+            table = {str(part.get("name")): part for part in table[name] if isinstance(part, dict)}
+            continue
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
             raise ConfigError(f"--set {override!r}: '{name}' is a value, not a table")

@@ -34,14 +34,15 @@ class Instruction:
             or `end_task` (a stream moves on).
         run: id of the run; it names state on the node.
         site: the addressee.
-        job: the whole resolved job; the node hashes it itself and asks its own policy.
+        job: the resolved job, or its stage; the node hashes the whole of it itself and asks its own policy.
         fingerprint: of the server's model spec; a node whose own differs refuses.
         task: index of the task in the stream.
         round: number of the round, from 0, over all tasks.
         rounds: number of rounds of the run, for schedules that do not restart.
         budget: of this round, for `train`.
         evaluate: (part, task) pairs on which the received model is measured before any training.
-        groups: named tensors, e.g. `{"model": {...}}`; may be shared between the instructions of a round.
+        groups: named tensors, e.g. `{"model": {...}}`; may be shared between the instructions of a round. A `probe`
+            brings those start values of a later stage that stay at the node, as `start`.
         document: the server's fingerprint document, for `probe`, so that the node can name a difference.
         statistics: `mean` and `std` measured at the sites, (C,) or (F,) float32, where the job wants that; else empty.
     """

@@ -16,11 +16,26 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from shared_models.errors import ConfigError, UnknownNameError
+from shared_models.job import Form
 from shared_models.registry import Registry, nearest
 from shared_models.validation import validate
 
 Shape = tuple[int, ...]
-Builder = Callable[[Any, Shape, int], nn.Module]
+Builder = Callable[..., nn.Module]  # (settings, shape, outputs), and each=True where that is wanted
+FORMS: dict[Form, tuple[str, ...]] = {
+    "image": ("C", "H", "W"),
+    "features": ("F,",),
+    "tokens": ("T", "V"),
+    "series": ("T", "C"),
+    "image-text": ("C", "H", "W", "T", "V"),
+}
+WORDS: dict[Form, str] = {
+    "image": "an image",
+    "features": "features",
+    "tokens": "a text in tokens",
+    "series": "a series",
+    "image-text": "an image with a text",
+}
 
 
 class ModelSettings(BaseModel):
@@ -47,7 +62,8 @@ class Model:
         tasks: the tasks it can serve.
         paper: where it comes from.
         stackable: whether its parameters may be stacked and run under `torch.func.vmap`.
-        inputs: what one example is: an image (C, H, W) or a row of features (F,).
+        inputs: what one example may be, with the shape it is built for: an image (C, H, W), a row of features (F,), the
+            tokens of a text (T, V) of a vocabulary of V, a series (T, C), or an image with a text (C, H, W, T, V).
         per_sample_gradients: how DP-SGD may get per-sample gradients, soundest first; none: only client-level privacy.
         heads: patterns of the state-dict entries that belong to the job's labels, e.g. for personal heads; a job
             writes `@head` for them.
@@ -65,7 +81,7 @@ class Model:
     tasks: tuple[str, ...]
     paper: str
     stackable: bool = True
-    inputs: tuple[Literal["image", "features"], ...] = ("image",)
+    inputs: tuple[Form, ...] = ("image",)
     per_sample_gradients: tuple[str, ...] = ("vmap", "hooks", "loop")
     heads: tuple[str, ...] = ("head.*",)
     proposals: bool = False
@@ -83,28 +99,33 @@ class Model:
         """Units that differential privacy can protect with this model: `sample` and `client`, or `client` alone."""
         return ("sample", "client") if self.per_sample_gradients else ("client",)
 
-    def build(self, settings: ModelSettings, shape: Shape, outputs: int) -> nn.Module:
+    def require(self, shape: Shape) -> None:
+        """Raise a ConfigError where an example of that shape is nothing that the model takes."""
+        if not any(len(shape) == len(FORMS[i]) for i in self.inputs) or min(shape) < 1:
+            takes = " or ".join(f"{WORDS[i]} ({', '.join(FORMS[i])})" for i in self.inputs)
+            raise ConfigError(f"model '{self.name}' cannot take an example of shape {shape}", hint=f"It takes {takes}")
+
+    def build(self, settings: ModelSettings, shape: Shape, outputs: int, *, each: bool = False) -> nn.Module:
         """The module, initialised from torch's global generator (the caller seeds it) and from nothing else.
 
         Args:
             settings: from `configure`.
-            shape: of one example: (C, H, W) or (F,).
+            shape: of one example, as `inputs` says.
             outputs: numbers per example, e.g. classes.
+            each: whether they are wanted for every position of a text or series; the builder is then asked with it.
 
         Returns:
-            A module whose forward maps (B, *shape) float32 to what the task takes: (B, outputs) for classification and
-            localization, (B, outputs, H, W) for segmentation; detectors follow `shared_models.detection`.
+            A module whose forward maps (B, *shape) float32, or tokens (B, T) int64, to what the task takes: (B,
+            outputs) for classification and localization, (B, outputs, H, W) for segmentation, (B, T, outputs) for every
+            position; detectors follow `shared_models.detection`.
 
         Raises:
             ConfigError: this model cannot take such an example, or these settings do not fit its size.
         """
-        kind = {1: "features", 3: "image"}.get(len(shape))
-        if kind not in self.inputs or min(shape) < 1:
-            takes = " or ".join({"image": "an image (C, H, W)", "features": "features (F,)"}[i] for i in self.inputs)
-            raise ConfigError(f"model '{self.name}' cannot take an example of shape {shape}", hint=f"It takes {takes}")
+        self.require(shape)
         if outputs < 1:
             raise ConfigError(f"model '{self.name}' needs at least one output, not {outputs}")
-        return self.builder(settings, shape, outputs)
+        return self.builder(settings, shape, outputs, **({"each": True} if each else {}))
 
 
 models: Registry[Model] = Registry("model", "shared_models.zoo")

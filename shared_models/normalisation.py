@@ -24,10 +24,11 @@ def no_sums(channels: int) -> dict[str, Tensor]:
 
 
 def channel_sums(x: Tensor, unit: float, rows: int = 256) -> dict[str, Tensor]:
-    """Sums over x / unit, (N, C, H, W) or (N, F); a missing feature (NaN) counts nowhere."""
-    sums = no_sums(x.shape[1])
+    """Sums over x / unit, (N, C, H, W), (N, F) or series (N, T, C); a missing feature (NaN) counts nowhere."""
+    axis = 2 if x.dim() == 3 else 1
+    sums = no_sums(x.shape[axis])
     for part in x.split(rows):
-        values = part.double().transpose(0, 1).flatten(1) / unit  # (C, n)
+        values = part.double().movedim(axis, 0).flatten(1) / unit  # (C, n)
         known = ~values.isnan()
         values = values.nan_to_num(nan=0.0)
         for name, more in zip(NAMES, (known, values, values * values), strict=True):

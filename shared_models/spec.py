@@ -12,14 +12,16 @@ The one table of rules, by nature and share:
 | constant     | -        | no   | no       | reset (covered by hash)      |
 | alias        | as owner | no   | no       | restored with what it aliases |
 
-An entry that both kinds of pattern match is personal. Start values are those of the `[weights]` file where it has the
-entry, else of the keyed initialisation.
+An entry that both kinds of pattern match is personal. With `[lora]` all but the adapters and the head is base. Start
+values are those that a stage before left, else those of the `[weights]` file where it has the entry, else of the keyed
+initialisation.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from shared_models.errors import ConfigError, FingerprintError
 from shared_models.job import Job
 from shared_models.keys import key, keyed_global
+from shared_models.lora import TRAINED, adapt
 from shared_models.models import configure, models
 from shared_models.tasks.base import make_task
 from shared_models.weights import Match, find_weights, load_weights
@@ -104,6 +107,12 @@ class ModelSpec:
         return tuple(e.key for e in self.entries if e.trains)
 
     @property
+    def kept(self) -> tuple[str, ...]:
+        """Keys whose start values a node needs although no round sends them."""
+        natures = ("parameter", "running-stat")
+        return tuple(e.key for e in self.entries if e.share != "averaged" and e.nature in natures)
+
+    @property
     def personal(self) -> tuple[str, ...]:
         """Keys that never leave a node."""
         return tuple(e.key for e in self.entries if e.share == "personal" and e.nature in ("parameter", "running-stat"))
@@ -119,26 +128,66 @@ class ModelSpec:
         return hashlib.sha256(json.dumps(self.document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def build_model(job: Job, *, receives: bool = False) -> tuple[nn.Module, ModelSpec]:
+def build_model(
+    job: Job, *, receives: bool = False, start: Mapping[str, Tensor] | None = None
+) -> tuple[nn.Module, ModelSpec]:
     """The job's model with its start values, and its spec. The same job gives the same values everywhere.
 
     Args:
         job: the resolved job.
         receives: whether every sent entry will come from another side: then `[weights]` is needed only where `[share]`
             keeps entries here, and a missing file is no matter otherwise.
+        start: values of entries that an earlier stage of the job left; see `carried`.
 
     Raises:
+        FingerprintError: the start values are not of this model.
         ConfigError: the model cannot be built for this shape, `[share]` does not fit it (see `describe`), or its
             weights cannot be loaded (see `load_weights`).
     """
     declared, settings = configure(job.model.name, job.model.keys)
     task = make_task(job)
     with keyed_global(key(job.seed, "init")):
-        model = declared.build(settings, job.data.shape, task.outputs)
+        model = declared.build(settings, task.shape(job.data.sample), task.outputs, each=task.each)
+        model = task.attach(model, job.data.sample)
     match = None
     if job.weights.file and (not receives or _keeps(job) or find_weights(job.weights.file)):
         match = load_weights(model, job.weights, declared.renames)
+    if job.lora.rank:
+        with keyed_global(key(job.seed, "lora")):
+            adapt(model, job.lora.rank, job.lora.alpha, job.lora.targets, declared.heads)
+    if start:
+        _put(model, start)
     return model, describe(model, job, match)
+
+
+@torch.no_grad()
+def _put(model: nn.Module, start: Mapping[str, Tensor]) -> None:
+    entries = model.state_dict()
+    for name, value in start.items():
+        if name not in entries or entries[name].shape != value.shape or entries[name].dtype != value.dtype:
+            raise FingerprintError(f"the start value of '{name[:80]}' does not fit this model")
+        entries[name].copy_(value)
+
+
+def carried(before: Job, after: Job, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a stage's model the next stage starts from.
+
+    Args:
+        before: the stage that is done.
+        after: the next one.
+        values: entries of the model before.
+
+    Returns:
+        Those of the same name, shape and dtype that the next model has, without its head where the task is another.
+    """
+    model, spec = build_model(after)
+    entries = model.state_dict()
+    heads = () if before.task == after.task else models[after.model.name].heads
+    fitting = {e.key for e in spec.entries if e.nature in ("parameter", "running-stat") and not _any(e.key, heads)}
+    return {
+        name: value for name, value in values.items()
+        if name in fitting and entries[name].shape == value.shape and entries[name].dtype == value.dtype
+    }  # fmt: skip
 
 
 def describe(model: nn.Module, job: Job, match: Match | None = None) -> ModelSpec:
@@ -155,6 +204,8 @@ def describe(model: nn.Module, job: Job, match: Match | None = None) -> ModelSpe
     """
     natures, aliases = _natures(model)
     shares = _shares(list(natures), job)
+    if job.lora.rank:  # a head that is the embedding stays as it is with it
+        shares |= {name: "base" for pair in aliases.items() for name in pair}
     for name, owner in aliases.items():
         if shares[name] != shares[owner]:
             raise ConfigError(
@@ -188,6 +239,8 @@ def describe(model: nn.Module, job: Job, match: Match | None = None) -> ModelSpe
         "task": job.task.model_dump(mode="json"),
         "preprocessing": job.data.model_dump(mode="json"),
     }
+    if job.lora.rank:
+        settings["lora"] = job.lora.model_dump(mode="json")
     if match and _keeps(job):  # personal entries start from that file at every site
         settings["weights"] = match.sha256
     return ModelSpec(tuple(entries), settings, match)
@@ -242,7 +295,7 @@ def digest(value: Tensor) -> str:
 
 def _keeps(job: Job) -> bool:
     """Whether a node holds entries that no other side sends it."""
-    return bool(job.share.personal or job.share.base)
+    return bool(job.share.personal or job.share.base or job.lora.rank)
 
 
 def _shares(names: list[str], job: Job) -> dict[str, Share]:
@@ -262,6 +315,8 @@ def _shares(names: list[str], job: Job) -> dict[str, Share]:
                 )
 
     def share(name: str) -> Share:
+        if job.lora.rank and not (_any(name, heads) or fnmatchcase(name, TRAINED)):
+            return "base"
         if any(_matches(name, p, heads) for p in job.share.personal):
             return "personal"
         return "base" if any(_matches(name, p, heads) for p in job.share.base) else "averaged"
@@ -269,10 +324,14 @@ def _shares(names: list[str], job: Job) -> dict[str, Share]:
     return {name: share(name) for name in names}
 
 
+def _any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in patterns)
+
+
 def _matches(name: str, pattern: str, heads: tuple[str, ...]) -> bool:
     """Whether a `[share]` pattern takes an entry: `!` turns it round, `@head` is any of `heads`."""
     bare = pattern.removeprefix("!")
-    found = any(fnmatchcase(name, p) for p in (heads if bare == HEAD else (bare,)))
+    found = _any(name, heads if bare == HEAD else (bare,))
     return found != (bare != pattern)
 
 

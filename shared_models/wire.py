@@ -72,6 +72,7 @@ class _Head(_Strict):
 
 class _Down(_Head):
     job: dict[str, Any]
+    stage: Count
     fingerprint: str
     rounds: Annotated[Count, Field(gt=0)]
     epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
@@ -97,7 +98,8 @@ def encode_instruction(instruction: Instruction) -> tuple[bytes, bytes]:
         **_common(instruction),
         tensors=tensors,
         blob=_describe(blob),
-        job=json.loads(instruction.job.canonical),
+        job=json.loads(instruction.job.whole.canonical),
+        stage=instruction.job.stage,
         fingerprint=instruction.fingerprint,
         rounds=instruction.rounds,
         epochs=instruction.budget.epochs,
@@ -105,6 +107,12 @@ def encode_instruction(instruction: Instruction) -> tuple[bytes, bytes]:
         evaluate=instruction.evaluate,
     )
     return head.model_dump_json().encode(), blob
+
+
+def _step(job: Job, stage: int) -> Job:
+    if stage >= len(job.steps):
+        raise Rejected(f"stage {stage} of a job that has {len(job.steps)}", code="malformed")
+    return job.steps[stage]
 
 
 def decode_instruction(manifest: bytes, blob: bytes) -> Instruction:
@@ -116,7 +124,7 @@ def decode_instruction(manifest: bytes, blob: bytes) -> Instruction:
         kind=head.kind,
         run=head.run,
         site=head.site,
-        job=Job.resolve(head.job, where="the server's job"),
+        job=_step(Job.resolve(head.job, where="the server's job"), head.stage),
         fingerprint=head.fingerprint,
         task=head.task,
         round=head.round,

@@ -42,7 +42,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar in percent: a value with its sd (None: one seed), or no value and the reason in `text`.
+    """One bar in the axis' unit: a value with its sd (None: one seed), or no value and the reason in `text`.
 
     `mark` is a second value shown as a diamond on the same axis.
     """
@@ -53,6 +53,32 @@ class Bar:
     sd: float | None
     text: str
     mark: float | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What bars are drawn against.
+
+    Attributes:
+        ticks: round numbers from end to end, 0 among them.
+        unit: theirs.
+        room: for the figures beside the bars.
+    """
+
+    ticks: Sequence[float]
+    unit: str
+    room: int = 68
+
+
+PERCENT = Axis((0, 50, 100), "%")
+
+
+def axis(values: Sequence[float], unit: str, figures: Sequence[str] = ()) -> Axis:
+    """An axis from 0, or below it, that holds the values; percent ends at 100 where none is larger."""
+    low, high = min([0.0, *values]), max([0.0, *values])
+    usual = unit == "%" and low >= 0 and high <= 100
+    room = max([PERCENT.room, *map(_width, figures)])
+    return Axis(PERCENT.ticks if usual else ticks(low, high, 3), unit, room)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -76,19 +102,19 @@ def lines(
         series: one a paradigm.
         x_label: quantity and unit of x.
         y_label: quantity and unit of y, written above the axis.
-        top: the end of the y axis, which starts at 0; by default the largest value.
+        top: the end of the y axis, which starts at 0 or the smallest value below it; by default the largest value.
     """
     left, right, head, foot, height = 52, 14, 30, 44, 300
     every = [p for s in series for p in s.points]
     xs = ticks(min(p.x for p in every), max(p.x for p in every))
     x0, x1 = min(p.x for p in every), max(max(p.x for p in every), min(p.x for p in every) + 1)
-    ys = ticks(0, top if top is not None else max(p.high for p in every))
+    ys = ticks(min(0.0, *(p.low for p in every)), top if top is not None else max(0.0, *(p.high for p in every)))
 
     def sx(x: float) -> float:
         return round(left + (x - x0) / (x1 - x0) * (WIDTH - left - right), 1)
 
     def sy(y: float) -> float:
-        return round(height - foot - min(y, ys[-1]) / ys[-1] * (height - head - foot), 1)
+        return round(height - foot - (min(y, ys[-1]) - ys[0]) / (ys[-1] - ys[0]) * (height - head - foot), 1)
 
     out = [Markup('<text class="axis" x="4" y="16">{}</text>').format(y_label)]
     for y in ys:
@@ -111,34 +137,40 @@ def lines(
     return _svg(key, title, f"{y_label} over {x_label}. {ends}.", height, out)
 
 
-def bars(key: str, title: str, rows: Sequence[Bar]) -> Markup:
-    """Horizontal bars from 0 to 100 % with sd whiskers and the figure beside each.
+def bars(key: str, title: str, rows: Sequence[Bar], axis: Axis = PERCENT) -> Markup:
+    """Horizontal bars from 0 with sd whiskers and the figure beside each.
 
     Args:
         key: prefix of the element ids, unique in the page.
         title: what is drawn, for a screen reader too.
-        rows: from top to bottom; values in percent.
+        rows: from top to bottom; values in the axis' unit.
+        axis: from end to end.
     """
-    left, right, step = 144, 80, 25
+    left, right, step = 144, axis.room + 12, 25
     height = len(rows) * step + 30
+    low, high = axis.ticks[0], axis.ticks[-1]
 
     def sx(value: float) -> float:
-        return round(left + min(max(value, 0), 100) / 100 * (WIDTH - left - right), 1)
+        return round(left + (min(max(value, low), high) - low) / (high - low) * (WIDTH - left - right), 1)
 
     out = []
-    for x in (0, 50, 100):
+    labels = [f"{x:,g}{' %' if x and axis.unit == '%' else ''}".replace("-", "−") for x in axis.ticks]
+    every = math.ceil((max(map(_width, labels)) + 8) * (len(labels) - 1) / (WIDTH - left - right))  # so that none meet
+    for x, label in zip(axis.ticks, labels, strict=True):
         out.append(Markup('<path class="grid" d="M{} 4V{}"/>').format(sx(x), height - 26))
-        label = f"{x} %" if x else "0"
-        out.append(Markup('<text class="tick mid" x="{}" y="{}">{}</text>').format(sx(x), height - 8, label))
+        if axis.ticks.index(x) % every == axis.ticks.index(0) % every:
+            out.append(Markup('<text class="tick mid" x="{}" y="{}">{}</text>').format(sx(x), height - 8, label))
+    if axis.unit != "%":
+        out.append(Markup('<text class="tick" x="0" y="{}">{}</text>').format(height - 8, axis.unit))
     for i, bar in enumerate(rows):
         y = i * step + 6
         out.append(Markup('<text class="name" x="0" y="{}">{}</text>').format(y + 13, bar.label))
         if bar.value is None:
             out.append(Markup('<text class="tick" x="{}" y="{}">{}</text>').format(left + 6, y + 13, bar.text))
             continue
-        wide = round(sx(bar.value) - left, 1)
-        shape = '<rect class="bar {}" x="{}" y="{}" width="{}" height="17" rx="2"/>'
-        out.append(Markup(shape).format(bar.style, left, y, wide))
+        start, end = sorted((sx(0), sx(bar.value)))
+        shape = '<rect class="bar {}" x="{:g}" y="{}" width="{}" height="17" rx="2"/>'
+        out.append(Markup(shape).format(bar.style, start, y, round(end - start, 1)))
         if bar.sd is not None:
             a, b = sx(bar.value - bar.sd), sx(bar.value + bar.sd)
             d = f"M{a} {y + 8.5}H{b}M{a} {y + 4.5}v8M{b} {y + 4.5}v8"
@@ -147,7 +179,13 @@ def bars(key: str, title: str, rows: Sequence[Bar]) -> Markup:
             out.append(Markup('<path class="mark" d="M{} {}l5 5l-5 5l-5-5z"/>').format(sx(bar.mark), y + 3.5))
         out.append(Markup('<text class="value" x="{}" y="{}">{}</text>').format(WIDTH - right + 12, y + 13, bar.text))
     said = "; ".join(f"{bar.label}: {bar.text}" for bar in rows)
-    return _svg(key, title, f"Percent, mean and standard deviation over seeds. {said}.", height, out)
+    unit = "Percent, mean" if axis.unit == "%" else f"In {axis.unit}, mean" if axis.unit else "Mean"
+    return _svg(key, title, f"{unit} and standard deviation over seeds. {said}.", height, out)
+
+
+def _width(figure: str) -> int:
+    """About how wide a figure is in the widest of the usual fonts."""
+    return round(sum(4.1 if sign in " .," else 8.6 for sign in figure))
 
 
 def swatch(style: str) -> Markup:

@@ -17,23 +17,24 @@ from client.readers import read
 from client.readers.base import Store, Wanted, readers
 from client.workbench import Benches
 from server.coordinator import Totals
-from shared_models.errors import ConfigError, FedzooError
+from shared_models.errors import ConfigError, FedzooError, RunError
 from shared_models.job import Job
+from shared_models.methods.base import make_method, overrides
 from shared_models.spec import build_model
 from shared_models.tasks.base import Target, make_task
+from simulations.measures import measures_of
 from simulations.paradigms import Result, Setting
 from simulations.paradigms import paradigms as places
-from simulations.partition import SitePopulation, make_partition
+from simulations.partition import SitePopulation, make_partition, same_sites
 from simulations.pictures import colours, pictures, with_truth
+from simulations.quotes import quotes
 from simulations.results import Budget, Cell, Comparison, Partition, Place, Time
 
 PLACES: tuple[Place, ...] = ("centralized", "federated", "isolated")
 TIMES: tuple[Time, ...] = ("offline", "continual")
 OFFLINE: tuple[tuple[Place, Time], ...] = tuple((place, "offline") for place in PLACES)
 
-COUNTED: dict[Target, str] = {
-    "class": "examples", "mask": "images that show it", "boxes": "boxes", "box": "examples",
-}  # fmt: skip
+COUNTED: dict[Target, str] = {"mask": "images that show it", "boxes": "boxes"}  # else examples
 
 Listen = Callable[[str, int, dict[str, Any]], None]
 """(cell name, seed, event) for every event of every run."""
@@ -73,12 +74,29 @@ def read_pool(job: Job, base: Path, skip_bad: int = 0) -> Store:
 
 
 def variant(job: Job, place: Place, time: Time, seed: int) -> Job:
-    """The job of one cell. A single site aggregates nothing, so every method is plain local training there."""
+    """The job of one cell. A single site aggregates nothing, so every method is plain local training there.
+
+    But one that solves instead of training (k-means, PCA) does so at a single site too.
+    """
     changes: dict[str, Any] = {"place": place, "time": time, "seed": seed}
     if place != "federated":  # a lone model has no other to be personal beside, and would be measured with half of it
-        changes["share"] = {"personal": []}
-        changes |= {"method": {"name": "fedavg"}, "federation": {"min_sites": 1}}  # each run has a single site
+        changes |= _alone(job, {})
+        changes["stages"] = [
+            {**stage.model_dump(), **_alone(step, stage.changes)}
+            for stage, step in zip(job.stages, job.steps, strict=False)
+        ]
     return job.replace(**changes)
+
+
+def _alone(step: Job, stage: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What changes in a job, or in the tables of a stage, where a single site carries it out."""
+    alone: dict[str, dict[str, Any]] = {"share": {"personal": []}, "federation": {"min_sites": 1}}
+    if not overrides(make_method(step), "answer"):
+        alone["method"] = {"name": "fedavg"}
+    if step.whole is step:
+        return alone
+    kept = {"share": stage.get("share", {}), "federation": stage.get("federation", {}), "method": {}}
+    return {table: {**kept[table], **keys} for table, keys in alone.items() if table in stage}
 
 
 def compare(
@@ -107,7 +125,7 @@ def compare(
         listen: hears every event.
     """
     benches = Benches()
-    cells, failures, drawn = [], [], []
+    cells, failures, drawn, said = [], [], [], []
     for place, time in paradigms:
         name = f"{place}, {time}"
         results: list[Result] = []
@@ -122,25 +140,28 @@ def compare(
                     folder=folder / f"{place}-{time}-{seed}" if folder else None,
                     listener=(lambda e, n=name, s=seed: listen(n, s, e)) if listen else None,  # type: ignore[misc]
                 )
-                results.append(places[place](setting))
+                results.append(_with_figures(places[place](setting), job))
             except FedzooError as problem:
                 error = str(problem)
                 failures.append(problem)
                 break
         cells.append(_cell(place, time, results, error))
         if results and error is None:
-            drawn += pictures(variant(job, place, time, seeds[0]), sites, results[0], cells[-1].name)
+            shown = (variant(job, place, time, seeds[0]).steps[-1], sites, results[0], cells[-1].name)
+            drawn += pictures(*shown)
+            said += quotes(*shown)
     if len(failures) == len(cells):
         raise failures[0]
     return Comparison(
         **_facts(job, sites),
         title=title or f"{job.name}: paradigms compared",
         command=command,
-        fingerprint=build_model(job)[1].fingerprint,
+        fingerprint=build_model(job.steps[-1])[1].fingerprint,
         demo=demo,
         seeds=list(seeds),
         cells=cells,
-        pictures=with_truth(job, sites, drawn),
+        pictures=with_truth(job.steps[-1], sites, drawn),
+        quotes=said,
     )
 
 
@@ -150,7 +171,7 @@ def run_one(job: Job, sites: SitePopulation, folder: Path, command: str, listen:
     listener = (lambda event: listen(name, job.seed, event)) if listen else None
     alone = job if job.place == "federated" else job.replace(federation={"min_sites": 1})  # as in `variant`
     setting = Setting(alone, sites, Benches(), run=folder.name, folder=folder, listener=listener)
-    result = places[job.place](setting)
+    result = _with_figures(places[job.place](setting), job)
     cell = _cell(job.place, job.time, [result], None)
     return Comparison(
         **_facts(job, sites),
@@ -159,13 +180,14 @@ def run_one(job: Job, sites: SitePopulation, folder: Path, command: str, listen:
         fingerprint=result.fingerprint,
         seeds=[job.seed],
         cells=[cell],
-        pictures=with_truth(job, sites, pictures(alone, sites, result, cell.name)),
+        pictures=with_truth(job.steps[-1], sites, pictures(alone.steps[-1], sites, result, cell.name)),
+        quotes=quotes(alone.steps[-1], sites, result, cell.name),
     )
 
 
 def _facts(job: Job, sites: SitePopulation) -> dict[str, Any]:
     """What a comparison says of its job, its data and this machine."""
-    task = make_task(job)
+    task = make_task(job.steps[-1])
     return {
         "created": datetime.now(UTC).replace(microsecond=0),
         "version": product_version(),
@@ -176,14 +198,15 @@ def _facts(job: Job, sites: SitePopulation) -> dict[str, Any]:
             hash=sites.partition.hash,
             sites=_named_counts(job, sites),
             sizes=sites.sizes(),
-            counted=COUNTED[task.target],
+            counted=COUNTED.get(task.target, "examples"),
         ),
         "environment": environment(),
         "metric": task.headline,
         "metrics": list(task.metrics),
+        "measures": measures_of(task),
         "sites": list(sites.names),
-        "labels": list(job.task.labels),
-        "colours": colours(job),
+        "labels": list(job.steps[-1].task.labels),
+        "colours": colours(job.steps[-1]),
     }
 
 
@@ -194,11 +217,18 @@ def load_sites(job: Job, base: Path, skip_bad: int = 0) -> SitePopulation:
         ConfigError: the model cannot take the job's images, or as `read_pool` and `make_partition`.
         DataError: the data cannot be read, or a site would have no example for one of the three parts.
     """
-    build_model(job)
-    store = read_pool(job, base, skip_bad)
-    sites = SitePopulation(store, make_partition(store, job.simulation))
-    for name in sites.names:
-        sites.splits(name)
+    for step in job.steps:
+        build_model(step)
+    *before, last = job.steps
+    store = read_pool(last, base, skip_bad)
+    partition = make_partition(store, job.simulation)
+    stores = [(step, read_pool(step, base, skip_bad)) for step in before]
+    test = job.simulation.test
+    earlier = [SitePopulation(s, same_sites(partition, store, s), test=test) for _, s in stores]
+    sites = SitePopulation(store, partition, earlier, test)
+    for population in (*earlier, sites):
+        for name in population.names:
+            population.splits(name)
     return sites
 
 
@@ -262,6 +292,19 @@ def _cell(place: Place, time: Time, results: Sequence[Result], error: str | None
     )
 
 
+def _with_figures(result: Result, job: Job) -> Result:
+    """The same; raises a RunError where the headline is no finite number on some test, for nothing can be compared."""
+    measured = [("all sites", result.all_sites), *result.per_site.items(), *result.per_site_all.items()]
+    measured += [(f"task {i}", value) for row in result.matrix or () for i, value in enumerate(row)]
+    if wrong := dict.fromkeys(name for name, value in measured if not math.isfinite(value)):
+        headline = make_task(job.steps[-1]).headline
+        raise RunError(
+            f"the headline '{headline}' is no finite number on the tests of {', '.join(wrong)}",
+            hint="Name another metric in task.headline, or give every site's test what it needs",
+        )
+    return result
+
+
 def _plain(row: Mapping[str, float]) -> dict[str, float | None]:
     return {k: _number(v) for k, v in row.items()}
 
@@ -271,7 +314,7 @@ def _number(value: float) -> float | None:
 
 
 def _named_counts(job: Job, sites: SitePopulation) -> dict[str, dict[str, dict[str, int]]]:
-    labels = job.task.labels
+    labels = job.steps[-1].task.labels or ("all",)
     return {
         site: {part: {labels[c]: n for c, n in counts.items()} for part, counts in parts.items()}
         for site, parts in sites.counts(len(labels)).items()
@@ -297,4 +340,4 @@ def _choices(text: str, known: Sequence[str], what: str) -> list[str]:
 def count_rounds(job: Job, sites: SitePopulation, paradigms: Sequence[tuple[Place, Time]], seeds: int) -> int:
     """Rounds that `compare` will make: an isolated cell makes its own at every site."""
     runs = sum(len(sites.names) if place == "isolated" else 1 for place, _ in paradigms)
-    return job.federation.rounds * runs * seeds
+    return sum(step.federation.rounds for step in job.steps) * runs * seeds

@@ -14,13 +14,16 @@ place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from client.readers.base import Splits
 from client.trainer import count_samples
 from client.workbench import Benches
+from server.chain import run_stages, stage_folder, stage_run
 from server.coordinator import Coordinator, Outcome, Totals
 from server.events import Events, Listener
 from server.selection import select
@@ -67,6 +70,7 @@ class Result:
 
 
 Paradigm = Callable[["Setting"], Result]
+Budgets = Callable[["Setting"], Callable[[int], Budget | None]]
 paradigms: Registry[Paradigm] = Registry("paradigm", "simulations.paradigms")
 
 
@@ -93,23 +97,35 @@ class Setting:
                     hint="Lower stream.tasks, or give those labels examples",
                 )
 
-    def coordinator(self, names: Sequence[str], name: str = "", **options: Any) -> Coordinator:
-        """A round loop in which `names` train and every site measures."""
+    def carry_out(self, names: Sequence[str], name: str = "", budget: Budgets | None = None) -> Outcome:
+        """The round loop, or that of every stage, in which `names` train and every site measures.
+
+        Args:
+            names: of the sites that train.
+            name: of the sub-folder for its traces.
+            budget: the setting of one stage -> round -> budget of each site; by default the job's own.
+        """
         self.require_measurable()
         folder = self.folder / name if self.folder and name else self.folder
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "job.toml").write_text(self.job.to_toml(), encoding="utf-8")
-        engine = InProcess(names, self.splits, self.benches)
-        return Coordinator(
-            self.job,
-            engine,
-            self.run,
-            folder=folder,
-            events=Events(folder / "events.jsonl" if folder else None, self.listener),
-            evaluators=self.sites.names,
-            **options,
-        )
+        events = Events(folder / "events.jsonl" if folder else None, self.listener)
+
+        def round_loop(step: Job, start: Mapping[str, Tensor]) -> Coordinator:
+            setting = replace(self, job=step, sites=self.sites.at(step.stage))
+            return Coordinator(
+                step,
+                InProcess(names, setting.splits, self.benches),
+                stage_run(self.run, step),
+                folder=stage_folder(folder, step),
+                events=events,
+                evaluators=self.sites.names,
+                start=start,
+                budget=budget(setting) if budget else None,
+            )
+
+        return run_stages(self.job, round_loop)
 
     def splits(self, name: str) -> Splits:
         """A site's examples, or everybody's for the pooled client."""
@@ -128,7 +144,7 @@ def paradigm(name: str) -> Callable[[Paradigm], Paradigm]:
 @paradigm("federated")
 def federated(setting: Setting) -> Result:
     """The sites as the job says."""
-    outcome = setting.coordinator(setting.sites.names).run()
+    outcome = setting.carry_out(setting.sites.names)
     return _one_model(setting, outcome, outcome.totals)
 
 
@@ -138,19 +154,22 @@ def centralized(setting: Setting) -> Result:
 
     Its bytes up are the pooled examples, sent once; no model travels.
     """
-    pooled = setting.sites.pooled()
 
-    def budget(round: int) -> Budget | None:
-        each = round_budget(setting.job, round)
-        cohort = setting.cohort(round)
-        task, size = task_of(setting.job, round), setting.job.train.batch_size
-        held = [count for name in cohort if (count := _held(setting, setting.splits(name), task))]
-        samples = sum(count_samples(count, size, each) for count in held)
-        return Budget(epochs=samples / _held(setting, pooled, task)) if held else None
+    def budget(step: Setting) -> Callable[[int], Budget | None]:
+        pooled = step.sites.pooled()
 
-    outcome = setting.coordinator([POOLED], budget=budget).run()
+        def of_round(round: int) -> Budget | None:
+            each = round_budget(step.job, round)
+            task, size = task_of(step.job, round), step.job.train.batch_size
+            held = [count for name in step.cohort(round) if (count := _held(step, step.splits(name), task))]
+            samples = sum(count_samples(count, size, each) for count in held)
+            return Budget(epochs=samples / _held(step, pooled, task)) if held else None
+
+        return of_round
+
+    outcome = setting.carry_out([POOLED], budget=budget)
     totals = outcome.totals
-    totals.bytes_up, totals.bytes_down = pooled.train.nbytes, 0
+    totals.bytes_up, totals.bytes_down = setting.sites.pooled().train.nbytes, 0
     return _one_model(setting, outcome, totals)
 
 
@@ -160,10 +179,10 @@ def isolated(setting: Setting) -> Result:
     outcomes: dict[str, Outcome] = {}
     for name in setting.sites.names:
 
-        def budget(round: int, name: str = name) -> Budget | None:
-            return round_budget(setting.job, round) if name in setting.cohort(round) else None
+        def budget(step: Setting, name: str = name) -> Callable[[int], Budget | None]:
+            return lambda round: round_budget(step.job, round) if name in step.cohort(round) else None
 
-        outcomes[name] = setting.coordinator([name], name, budget=budget).run()
+        outcomes[name] = setting.carry_out([name], name, budget)
     headline = _headline(setting)
     own = {name: o.per_site[name][headline] for name, o in outcomes.items()}
     everywhere = {name: o.all_sites[headline] for name, o in outcomes.items()}
@@ -204,7 +223,10 @@ def _one_model(setting: Setting, outcome: Outcome, totals: Totals) -> Result:
 def _metrics(setting: Setting, outcome: Outcome) -> dict[str, float]:
     headline = _headline(setting)
     alike = _mean(values[headline] for values in outcome.per_site.values())
-    return {**outcome.all_sites, f"{headline}:mean of sites": alike}
+    earlier = {
+        f"{headline}:{stage}": values[headline] for stage, values in outcome.stages.items() if headline in values
+    }
+    return {**outcome.all_sites, f"{headline}:mean of sites": alike, **earlier}
 
 
 def _held(setting: Setting, splits: Splits, task: int) -> int:
@@ -214,7 +236,7 @@ def _held(setting: Setting, splits: Splits, task: int) -> int:
 
 
 def _headline(setting: Setting) -> str:
-    return make_task(setting.job).headline
+    return make_task(setting.job.steps[-1]).headline
 
 
 def _mean(values: Iterable[float]) -> float:

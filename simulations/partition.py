@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def make_partition(store: Store, part: SimulationPart) -> Partition:
         ConfigError: the pool has no site column, or no draw gives every site its minimum.
     """
     if part.partition == "column":
-        return by_column(store)
+        return by_column(store, part.smallest)
     names = site_names(part.sites)
     rng = np.random.default_rng(key(part.seed, "partition"))
     if part.partition == "dirichlet":
@@ -63,14 +64,44 @@ def make_partition(store: Store, part: SimulationPart) -> Partition:
     return Partition(part.partition, dict(zip(names, rows, strict=True)))
 
 
-def by_column(store: Store) -> Partition:
-    """One site per value of the column that the reader gave, in sorted order."""
+def same_sites(partition: Partition, store: Store, other: Store) -> Partition:
+    """The partition of a store for another one, in which the same examples may stand in another order, by their names.
+
+    Raises:
+        DataError: an example is missing in one of the two.
+    """
+    row = {name: i for i, name in enumerate(other.names)}
+    if row.keys() != set(store.names):
+        raise DataError(
+            f"two stages read different examples: {len(row)} and {len(store.names)}, or other names",
+            hint="Stages need the same data; leave [stages.data] as it is but for how an example is prepared",
+        )
+    rows = {
+        name: np.sort(np.array([row[store.names[i]] for i in held], dtype=np.int64))
+        for name, held in partition.rows.items()
+    }
+    return Partition(partition.kind, rows)
+
+
+def by_column(store: Store, least: int = 1) -> Partition:
+    """One site per value of the column that the reader gave, in sorted order; those with fewer examples are left out.
+
+    Raises:
+        ConfigError: there is no such column, or no site has enough.
+    """
     if not store.sites:
         raise ConfigError(
             "simulation.partition = 'column' needs data with a site column", hint="Use 'iid' or 'dirichlet' instead"
         )
     column = np.asarray(store.sites)
-    return Partition("column", {str(name): np.flatnonzero(column == name) for name in sorted(set(store.sites))})
+    rows = {str(name): np.flatnonzero(column == name) for name in sorted(set(store.sites))}
+    kept = {name: held for name, held in rows.items() if len(held) >= least}
+    if not kept:
+        raise ConfigError(
+            f"none of {len(rows)} sites has {least} examples, the most is {max(map(len, rows.values()))}",
+            hint="Lower simulation.smallest",
+        )
+    return Partition("column", kept)
 
 
 def blocks(names: Sequence[str], sites: int) -> list[np.ndarray]:
@@ -127,16 +158,37 @@ def dirichlet(
 
 
 class SitePopulation:
-    """The sites of a partition, each site's examples made when asked for."""
+    """The sites of a partition, each site's examples made when asked for.
 
-    def __init__(self, store: Store, partition: Partition) -> None:
+    Args:
+        store: all examples.
+        partition: who holds which.
+        earlier: the same sites for each stage but the last.
+        test: see `SimulationPart`; with `shared` each site's test part is that of all sites, and an example that
+            several of them measure counts once at each.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        partition: Partition,
+        earlier: Sequence[SitePopulation] = (),
+        test: Literal["own", "shared"] = "own",
+    ) -> None:
         self.store = store
+        self.earlier = earlier
         self.partition = partition
+        self.test = test
         self.names: Sequence[str] = list(partition.rows)
         self._splits: dict[str, Splits] = {}
 
     def splits(self, name: str) -> Splits:
         """One site's train, validation and test parts; raises DataError, which names the site, where one is empty."""
+        own = self.own(name)
+        return own if self.test == "own" else replace(own, test=self._pooled.test)
+
+    def own(self, name: str) -> Splits:
+        """The same with the site's own test part, whatever is measured on."""
         if name not in self._splits:
             try:
                 self._splits[name] = split(self.store, torch.from_numpy(self.partition.rows[name]))
@@ -145,9 +197,17 @@ class SitePopulation:
                 raise DataError(f"site '{name}': {error.what}", hint=hint) from None
         return self._splits[name]
 
+    def at(self, stage: int) -> SitePopulation:
+        """The same sites with their examples as a stage of the job reads them; the last stage's are here."""
+        return self.earlier[stage] if stage < len(self.earlier) else self
+
     def pooled(self) -> Splits:
-        """All sites' examples as one: what a centralized baseline would have."""
-        parts = [self.splits(name) for name in self.names]
+        """All sites' examples as one, each once: what a centralized baseline would have."""
+        return self._pooled
+
+    @cached_property
+    def _pooled(self) -> Splits:
+        parts = [self.own(name) for name in self.names]
         return Splits(*(
             Examples(self.store, torch.cat([getattr(p, part).rows for p in parts]).sort().values)
             for part in PARTS

@@ -34,12 +34,11 @@ def pictures(job: Job, sites: SitePopulation, result: Result, name: str) -> list
         return []
     model = next(iter(result.models))
     measured = result.statistics[model]
-    examples = _chosen(sites)
+    examples = first_tests(sites)
     if measured:
         store = examples.store.normalised_by(*(torch.tensor(measured[key]) for key in ("mean", "std")))
         examples = Examples(store, examples.rows)
-    bench = Workbench(job)
-    bench.load({k: v.to(bench.device) for k, v in result.models[model].items()}, {})
+    bench = Workbench(job, start=result.models[model])
     bench.model.eval()
     with determinism(job.train.deterministic), torch.inference_mode():
         batch = examples.batch(torch.arange(len(examples)), bench.device)
@@ -51,7 +50,7 @@ def with_truth(job: Job, sites: SitePopulation, drawn: Sequence[Picture]) -> lis
     """The same, the annotation in front."""
     if not drawn:
         return []
-    examples = _chosen(sites)
+    examples = first_tests(sites)
     return [Picture(paradigm="truth", images=_draw(job, examples, examples.y)), *drawn]
 
 
@@ -68,10 +67,10 @@ def _colour(index: int, target: Target) -> str:
 
 
 def _drawable(job: Job) -> bool:
-    return make_task(job).target != "class"
+    return make_task(job).target in ("mask", "box", "boxes")
 
 
-def _chosen(sites: SitePopulation) -> Examples:
+def first_tests(sites: SitePopulation) -> Examples:
     """The first test image of each of the first sites, or more of the first where there are few sites."""
     tests = [sites.splits(name).test for name in sites.names[:SHOWN]]
     rows = [row for place in range(SHOWN) for test in tests for row in test.rows[place : place + 1].tolist()]

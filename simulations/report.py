@@ -19,6 +19,7 @@ from rich.text import Text
 
 from shared_models.errors import RunError
 from simulations import charts
+from simulations.measures import PERCENT, Measure, words
 from simulations.results import Cell, Comparison, parse
 from simulations.statistics import backward_transfer, final_average, forgetting, summarize, verdicts
 
@@ -51,7 +52,7 @@ def tables(comparison: Given, width: int = 120) -> list[Table]:
         RunError: the comparison lacks something.
     """
     c = parse(comparison)
-    head, rows = headers(c), [row(cell) for cell in c.cells]
+    head, rows = headers(c), [row(cell, c.headline) for cell in c.cells]
     cuts = [range(len(head))] if width >= 120 else [range(4), (0, *range(4, len(head)))]
     found = []
     for number, columns in enumerate(cuts):
@@ -65,7 +66,7 @@ def tables(comparison: Given, width: int = 120) -> list[Table]:
     if rows:
         shown = Table(title_justify="left")
         for i, name in enumerate(head):
-            shown.add_column(Text(name), justify="right" if i else "left")
+            shown.add_column(Text(name), justify="right" if i else "left", overflow="ellipsis" if i else "fold")
         for cells in rows:
             shown.add_row(*map(Text, cells))
         found.append(shown)
@@ -79,7 +80,7 @@ def as_markdown(comparison: Given) -> str:
         RunError: the comparison lacks something.
     """
     c = parse(comparison)
-    said = _markdown(headers(c), [row(cell) for cell in c.cells])
+    said = _markdown(headers(c), [row(cell, c.headline) for cell in c.cells])
     head, rows = metric_table(c)
     return f"{said}\n{_markdown(head, rows)}" if rows else said
 
@@ -91,11 +92,12 @@ def _markdown(head: list[str], body: list[list[str]]) -> str:
 
 def headers(c: Comparison) -> list[str]:
     """The columns of the summary, the same for terminal, Markdown and page."""
+    unit = "points" if c.headline.percent else c.headline.unit
     return [
         "paradigm",
-        f"all sites' tests, {c.metric} %",
-        f"own test, {c.metric} %",
-        "forgetting, points",
+        f"all sites' tests, {c.headline.title(c.metric)}",
+        f"own test, {c.headline.title(c.metric)}",
+        f"forgetting, {unit}" if unit else "forgetting",
         "samples",
         "sequential steps",
         "optimizer resets",
@@ -104,16 +106,16 @@ def headers(c: Comparison) -> list[str]:
     ]
 
 
-def row(cell: Cell) -> list[str]:
+def row(cell: Cell, measure: Measure = PERCENT) -> list[str]:
     """One paradigm's figures under `headers`: mean ± sd over seeds; a failed cell gives its reason and nothing else."""
     if cell.error is not None:
         return [cell.name, f"failed: {cell.error}", *[NOTHING] * 7]
     b = cell.budget
     return [
         cell.name,
-        spread(cell.all_sites),
-        spread(cell.own_site),
-        spread([forgetting(r) for r in cell.matrix]) if cell.matrix else NOTHING,
+        spread(cell.all_sites, measure),
+        spread(cell.own_site, measure),
+        spread([forgetting(r, measure.larger) for r in cell.matrix], measure) if cell.matrix else NOTHING,
         f"{b.samples:,}",
         f"{b.sequential_steps:,}",
         f"{b.optimizer_resets:,}",
@@ -125,16 +127,20 @@ def row(cell: Cell) -> list[str]:
 def metric_table(c: Comparison) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the second table: every metric on all sites' tests, a column for each paradigm that was run.
 
-    A metric that is not defined for some seed is left open. Nothing where the task has one metric only.
+    A metric that is not defined for some seed is left open. Nothing where the task has one metric only. The unit stands
+    in the head where all are percentages, else in each row's name.
     """
     done = [cell for cell in c.cells if cell.error is None]
     if len(c.metrics) < 2 or not done:
         return [], []
-    rows = []
-    for name in _metric_names(c):
-        found = [[v for v in cell.metrics.get(name, []) if v is not None] for cell in done]
-        rows.append([name, *(spread(v) if len(v) == len(c.seeds) else NOTHING for v in found)])
-    return ["all sites' tests, %", *(cell.name for cell in done)], rows
+    names, rows = _metric_names(c), []
+    percent = all(c.measure(name) == PERCENT for name in names)
+    for name in names:
+        measure = c.measure(name)
+        found = [[v for v in cell.metrics.get(name, []) if v is not None and math.isfinite(v)] for cell in done]
+        shown = (spread(v, measure) if len(v) == len(c.seeds) else NOTHING for v in found)
+        rows.append([name if percent else measure.title(name), *shown])
+    return ["all sites' tests, %" if percent else "all sites' tests", *(cell.name for cell in done)], rows
 
 
 def _metric_names(c: Comparison) -> list[str]:
@@ -143,11 +149,11 @@ def _metric_names(c: Comparison) -> list[str]:
     return [*(n for n in c.metrics if n in known), *(n for n in known if n not in c.metrics)][:METRIC_LIMIT]
 
 
-def spread(values: Sequence[float]) -> str:
-    """Fractions as percent: `84.2 ± 1.3` (mean and sd over seeds), `84.2` for one seed."""
+def spread(values: Sequence[float], measure: Measure = PERCENT) -> str:
+    """Fractions as percent: `84.2 ± 1.3` (mean and sd over seeds), `84.2` for one seed; others as `measure` says."""
     s = summarize(values)
-    mean = f"{100 * s.mean:z.1f}".replace("-", "−")
-    return mean if s.sd is None else f"{mean} ± {100 * s.sd:.1f}"
+    mean = measure.figure(s.mean)
+    return mean if s.sd is None else f"{mean} ± {measure.figure(s.sd)}"
 
 
 def _megabytes(count: int) -> str:
@@ -157,61 +163,89 @@ def _megabytes(count: int) -> str:
 
 
 def _environment() -> Environment:
-    return Environment(
+    made = Environment(
         loader=PackageLoader("simulations", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.filters["sentence"] = _sentence
+    made.filters["behind"] = lambda unit: f" {unit}" if unit else ""
+    return made
 
 
 def _view(c: Comparison) -> dict[str, Any]:
     """Everything the template shows, in the order of the page."""
     done = [cell for cell in c.cells if cell.error is None]
+    axis, unit = _axis(c, done), c.headline.unit
     return {
         "c": c,
+        "metric": words(c.metric),
+        "units": ("%", "points") if c.headline.percent else (unit, unit),
+        "lower": c.headline.lower,
+        "differences": _differences(c),
         "created": f"{c.created:%Y-%m-%d %H:%M %Z}".strip(),
         "verdicts": [sentence.split(": ", 1) for sentence in verdicts(c)],
         "pooled": c.demo or any(cell.place == "centralized" for cell in c.cells),
         "headers": headers(c),
-        "rows": [row(cell) for cell in c.cells],
+        "rows": [row(cell, c.headline) for cell in c.cells],
         "metrics": metric_table(c),
         "pictures": c.pictures,
+        "quotes": c.quotes,
         "legend": [(cell.name, charts.swatch(f"{cell.place} {cell.time}")) for cell in done],
-        "overview": _overview(c),
+        "overview": _overview(c, axis),
         "curves": _curves(c, done),
-        "sites": [(site, _tests(c, site), _site(c, i, site)) for i, site in enumerate(c.sites[:SITE_LIMIT])],
+        "uncurved": not any(_points(cell, c.metric, 1) for cell in done),
+        "sites": [(site, _tests(c, site), _site(c, i, site, axis)) for i, site in enumerate(c.sites[:SITE_LIMIT])],
         "sites_left_out": max(0, len(c.sites) - SITE_LIMIT),
-        "matrices": [_matrix(cell) for cell in done if cell.matrix],
+        "matrices": _matrices(c, done),
         "partition": _partition(c),
         "budget": _budget(done),
         "settings": _flat(c.job),
     }
 
 
-def _overview(c: Comparison) -> list[tuple[str, Markup]]:
+def _differences(c: Comparison) -> str:
+    """What the verdicts count in."""
+    name, lower = words(c.metric), f"; {c.headline.lower}" if c.headline.lower else ""
+    if c.headline.percent:
+        return f"Points are percentage points of {name}{lower}."
+    unit = f"Differences of {name} are in {c.headline.unit}" if c.headline.unit else f"Differences are those of {name}"
+    return f"{unit}{lower}."
+
+
+def _overview(c: Comparison, axis: charts.Axis) -> list[tuple[str, Markup]]:
     """Two drawings: every paradigm on all sites' tests, and on the sites' own tests."""
     shown = (
-        ("all", "all sites' tests", [_bar(cell, cell.all_sites) for cell in c.cells]),
-        ("own", "each site's own test, mean of the sites", [_bar(cell, cell.own_site) for cell in c.cells]),
+        ("all", "all sites' tests", [_bar(c, cell, cell.all_sites) for cell in c.cells]),
+        ("own", "each site's own test, mean of the sites", [_bar(c, cell, cell.own_site) for cell in c.cells]),
     )
-    return [(title, charts.bars(key, f"{c.metric} on {title}, by paradigm", rows)) for key, title, rows in shown]
+    return [(title, charts.bars(key, f"{c.metric} on {title}, by paradigm", rows, axis)) for key, title, rows in shown]
 
 
-def _bar(cell: Cell, values: Sequence[float], mark: Sequence[float] = ()) -> charts.Bar:
-    style = f"{cell.place} {cell.time}"
+def _axis(c: Comparison, done: Sequence[Cell]) -> charts.Axis:
+    """One axis for all bars of the page, so that they can be held against one another."""
+    beside = [v for cell in done for v in (cell.all_sites, cell.own_site, *cell.per_site.values())]
+    found = [summarize(v) for v in (*beside, *(v for cell in done for v in cell.per_site_all.values()))]
+    ends = [s.mean if c.headline.percent else s.mean + math.copysign(s.sd or 0, s.mean) for s in found]
+    figures = [spread(values, c.headline) for values in beside]
+    return charts.axis([c.headline.factor * end for end in ends], c.headline.unit, figures)
+
+
+def _bar(c: Comparison, cell: Cell, values: Sequence[float], mark: Sequence[float] = ()) -> charts.Bar:
+    style, factor = f"{cell.place} {cell.time}", c.headline.factor
     if cell.error is not None:
         return charts.Bar(cell.name, style, None, None, "failed")
     s = summarize(values)
-    sd = None if s.sd is None else 100 * s.sd
-    return charts.Bar(cell.name, style, 100 * s.mean, sd, spread(values), 100 * fmean(mark) if mark else None)
+    sd, text = None if s.sd is None else factor * s.sd, spread(values, c.headline)
+    return charts.Bar(cell.name, style, factor * s.mean, sd, text, factor * fmean(mark) if mark else None)
 
 
-def _site(c: Comparison, index: int, site: str) -> Markup:
+def _site(c: Comparison, index: int, site: str, axis: charts.Axis) -> Markup:
     """One site's own test, by paradigm; the diamond is the same model on all sites' tests."""
-    rows = [_bar(cell, cell.per_site.get(site, []), cell.per_site_all.get(site, [])) for cell in c.cells]
-    return charts.bars(f"site{index}", f"{c.metric} on the own test of {site}, by paradigm", rows)
+    rows = [_bar(c, cell, cell.per_site.get(site, []), cell.per_site_all.get(site, [])) for cell in c.cells]
+    return charts.bars(f"site{index}", f"{c.metric} on the own test of {site}, by paradigm", rows, axis)
 
 
 def _tests(c: Comparison, site: str) -> int | None:
@@ -221,10 +255,11 @@ def _tests(c: Comparison, site: str) -> int | None:
 
 def _curves(c: Comparison, done: Sequence[Cell]) -> list[tuple[str, Markup]]:
     """Metric and loss on validation data by round; a figure without a finite value is left out."""
+    unit = ", ".join(filter(None, (c.headline.unit, c.headline.lower)))
     drawn = []
-    for key, name, unit, scale in (
-        (c.metric, c.metric.capitalize(), "%", 100),
-        ("loss", "Loss", "mean per example", 1),
+    for key, name, behind, scale in (
+        (c.metric, _sentence(words(c.metric)), f" ({unit})" if unit else "", c.headline.factor),
+        ("loss", "Loss", " (mean per example)", 1),
     ):
         series = [
             charts.Series(cell.name, f"{cell.place} {cell.time}", points)
@@ -233,9 +268,15 @@ def _curves(c: Comparison, done: Sequence[Cell]) -> list[tuple[str, Markup]]:
         ]
         if series:
             title = f"{name} on validation data"
-            top = 100 if scale == 100 else None
-            drawn.append((title, charts.lines(f"curve-{key}", title, series, "round", f"{name} ({unit})", top)))
+            full = key == c.metric and c.headline.percent and all(p.high <= 100 for s in series for p in s.points)
+            drawing = charts.lines(f"curve-{key}", title, series, "round", name + behind, 100 if full else None)
+            drawn.append((title, drawing))
     return drawn
+
+
+def _sentence(text: str) -> str:
+    """With a capital letter in front."""
+    return text[:1].upper() + text[1:]
 
 
 def _points(cell: Cell, key: str, scale: float) -> list[charts.Point]:
@@ -249,17 +290,37 @@ def _points(cell: Cell, key: str, scale: float) -> list[charts.Point]:
     return [charts.Point(x, fmean(ys), min(ys), max(ys)) for x, ys in sorted(rounds.items())]
 
 
-def _matrix(cell: Cell) -> dict[str, Any]:
-    """The accuracy matrix of one continual cell, mean over seeds in percent, and the figures derived from it."""
-    matrices = cell.matrix or []
-    size = range(len(matrices[0]))
-    return {
-        "name": cell.name,
-        "rows": [[fmean(r[t][i] for r in matrices) for i in size] for t in size],
-        "average": spread([final_average(r) for r in matrices]),
-        "forgetting": spread([forgetting(r) for r in matrices]),
-        "transfer": spread([backward_transfer(r) for r in matrices]),
+def _matrices(c: Comparison, done: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The matrix of each continual cell, mean over seeds, and the figures derived from it.
+
+    Every entry has a shade from 0 to 1: a percentage its own value, any other from the worst entry of the page to the
+    best.
+    """
+    m = c.headline
+    means = {
+        cell.name: [[fmean(values) for values in zip(*rows, strict=True)] for rows in zip(*cell.matrix, strict=True)]
+        for cell in done
+        if cell.matrix
     }
+    every = [0.0, 1.0] if m == PERCENT else [value for rows in means.values() for row in rows for value in row]
+    low, high = min(every, default=0.0), max(every, default=0.0)
+    worst, best = (low, high) if m.larger else (high, low)
+
+    def entry(value: float) -> tuple[float, str]:
+        shade = abs(value - worst) / abs(best - worst) if best != worst else 0.0
+        return shade, f"{100 * value:.0f}" if m.percent else m.figure(value)
+
+    return [
+        {
+            "name": cell.name,
+            "rows": [[entry(value) for value in row] for row in means[cell.name]],
+            "average": spread([final_average(r) for r in cell.matrix], m),
+            "forgetting": spread([forgetting(r, m.larger) for r in cell.matrix], m),
+            "transfer": spread([backward_transfer(r, m.larger) for r in cell.matrix], m),
+        }
+        for cell in done
+        if cell.matrix
+    ]
 
 
 def _partition(c: Comparison) -> dict[str, Any]:

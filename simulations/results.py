@@ -1,6 +1,7 @@
 """What a comparison leaves behind (`comparison.json`): the contract between running it and reporting it.
 
-Metrics are fractions from 0 to 1, larger is better; a list "one a seed" follows the order of `Comparison.seeds`.
+Metrics are as the task gives them; `Comparison.measures` says how they are shown and whether a larger one is better. A
+list "one a seed" follows the order of `Comparison.seeds`.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from shared_models.errors import RunError
 from shared_models.job import Job
+from simulations.measures import PERCENT, Measure, measures_of
 
 Place = Literal["centralized", "isolated", "federated"]
 Time = Literal["offline", "continual"]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PerSeed = list[Fraction]
+PerSeed = list[FiniteFloat]
 
 
 class _Frozen(BaseModel):
@@ -65,6 +66,15 @@ class Picture(_Frozen):
     images: list[str]
 
 
+class Quote(_Frozen):
+    """A test text of the simulation, what should be written for it, and what a paradigm's model writes."""
+
+    paradigm: str
+    given: str
+    wanted: str
+    said: str
+
+
 class Cell(_Frozen):
     """One paradigm (place x time) over all seeds.
 
@@ -91,7 +101,7 @@ class Cell(_Frozen):
     per_site_all: dict[str, PerSeed] = {}
     metrics: dict[str, list[float | None]] = {}
     curves: list[list[dict[str, float | None]]] = []
-    matrix: list[list[list[Fraction]]] | None = None
+    matrix: list[list[list[FiniteFloat]]] | None = None
     budget: Budget = Budget()
     seconds: list[float] = []
     rejections: int = 0
@@ -105,7 +115,10 @@ class Cell(_Frozen):
 class Comparison(_Frozen):
     """Cells that share job, seeds, sites and labels, and all it takes to repeat them.
 
-    `colours` are those of the labels in the pictures, `#rrggbb`; empty for a label that is not coloured.
+    Attributes:
+        metric: the headline.
+        measures: metric -> how it is shown; one that is missing is a percentage of which a larger one is better.
+        colours: those of the labels in the pictures, `#rrggbb`; empty for a label that is not coloured.
     """
 
     title: str
@@ -121,7 +134,9 @@ class Comparison(_Frozen):
     seeds: list[int] = Field(min_length=1)
     metric: str = "accuracy"
     metrics: list[str] = []
+    measures: dict[str, Measure] = {}
     pictures: list[Picture] = []
+    quotes: list[Quote] = []
     colours: dict[str, str] = {}
     sites: list[str]
     labels: list[str]
@@ -149,6 +164,15 @@ class Comparison(_Frozen):
             if any(len(row) != len(m) for m in matrices for row in m) or len({len(m) for m in matrices}) > 1:
                 raise ValueError(f"{cell.name}: every matrix must be T x T with the same T")
         return self
+
+    def measure(self, metric: str) -> Measure:
+        """How a metric is shown; `dice:membrane` as `dice`."""
+        return self.measures.get(metric.partition(":")[0], PERCENT)
+
+    @property
+    def headline(self) -> Measure:
+        """How the headline is shown."""
+        return self.measure(self.metric)
 
     def cell(self, place: Place, time: Time) -> Cell | None:
         """The cell of that paradigm, or None where it was not run or failed."""
@@ -227,7 +251,7 @@ def of_run(folder: Path) -> Comparison:
 def _of_result(result: Mapping[str, Any], job: Job, folder: Path) -> Comparison:
     from shared_models.tasks.base import make_task
 
-    task = make_task(job)
+    task = make_task(job.steps[-1])
     headline = task.headline
     per_site = {site: values[headline] for site, values in result["per_site"].items()}
     totals = result["totals"]
@@ -259,7 +283,8 @@ def _of_result(result: Mapping[str, Any], job: Job, folder: Path) -> Comparison:
         seeds=[job.seed],
         metric=headline,
         metrics=list(task.metrics),
+        measures=measures_of(task),
         sites=sorted(per_site),
-        labels=list(job.task.labels),
+        labels=list(job.steps[-1].task.labels),
         cells=[cell],
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from simulations.measures import Measure
 from simulations.results import Cell, Comparison, Place, Time, parse
 
 Matrix = Sequence[Sequence[float]]
@@ -59,28 +60,34 @@ def final_average(r: Matrix) -> float:
     return fmean(r[-1])
 
 
-def forgetting(r: Matrix) -> float:
+def forgetting(r: Matrix, larger: bool = True) -> float:
     """`mean_{i<T}(max_t R[t,i] - R[T,i])`: how far each earlier task fell from its best (R: T x T; 0 where T = 1).
+
+    Where a smaller value is better (`larger = False`) the best is the smallest: `mean_{i<T}(R[T,i] - min_t R[t,i])`.
 
     Chaudhry et al., "Riemannian Walk for Incremental Learning" (2018), with the last row among the t, as in Buzzega
     et al. (2020): never negative.
     """
-    return fmean([max(row[i] for row in r) - r[-1][i] for i in range(len(r) - 1)] or [0.0])
+    sign = 1 if larger else -1
+    return fmean([max(sign * row[i] for row in r) - sign * r[-1][i] for i in range(len(r) - 1)] or [0.0])
 
 
-def backward_transfer(r: Matrix) -> float:
+def backward_transfer(r: Matrix, larger: bool = True) -> float:
     """`BWT = mean_{i<T}(R[T,i] - R[i,i])`: below 0 where later tasks spoilt earlier ones (R: T x T; 0 where T = 1).
+
+    The sign is turned where a smaller value is better (`larger = False`), so that below 0 says the same.
 
     Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning" (2017), equation 3.
     """
-    return fmean([r[-1][i] - r[i][i] for i in range(len(r) - 1)] or [0.0])
+    sign = 1 if larger else -1
+    return fmean([sign * (r[-1][i] - r[i][i]) for i in range(len(r) - 1)] or [0.0])
 
 
 def verdicts(comparison: Comparison | Mapping[str, Any]) -> list[str]:
     """Plain sentences that claim no more than the 95 % intervals over seeds do.
 
     For each time: federated against isolated (all tests, own tests) and against centralized; what each continual cell
-    forgot; continual against offline; then what went wrong.
+    forgot; continual against offline; then what went wrong. Where a smaller value is better they say so.
     """
     c = parse(comparison)
     said: list[str] = []
@@ -89,19 +96,19 @@ def verdicts(comparison: Comparison | Mapping[str, Any]) -> list[str]:
         centralized, isolated, federated = (c.cell(p, time) for p in ("centralized", "isolated", "federated"))
         prefix = f"{time.capitalize()}: "
         if federated and isolated:
-            said += [prefix + _against(federated, isolated, own) for own in (False, True)]
+            said += [prefix + _against(c, federated, isolated, own) for own in (False, True)]
         if federated and centralized:
-            said.append(prefix + _against(federated, centralized))
+            said.append(prefix + _against(c, federated, centralized))
         if centralized and isolated and not federated:
-            said.append(prefix + _against(centralized, isolated))
+            said.append(prefix + _against(c, centralized, isolated))
     places: tuple[Place, ...] = ("centralized", "isolated", "federated")
     for place in places:
         continual = c.cell(place, "continual")
         if continual and continual.matrix:
-            said.append(f"{place.capitalize()}: {_forgot(continual.matrix)}")
+            said.append(f"{place.capitalize()}: {_forgot(c, continual.matrix)}")
     offline, continual = c.cell("federated", "offline"), c.cell("federated", "continual")
     if offline and continual:
-        said.append("Federated: " + _against(continual, offline))
+        said.append("Federated: " + _against(c, continual, offline))
     for cell in c.cells:
         if cell.error is not None:
             said.append(f"{cell.name.capitalize()}: failed, so nothing is claimed about it ({cell.error}).")
@@ -111,11 +118,12 @@ def verdicts(comparison: Comparison | Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _against(a: Cell, b: Cell, own: bool = False) -> str:
+def _against(c: Comparison, a: Cell, b: Cell, own: bool = False) -> str:
     """One sentence on the paired difference a - b."""
     left, right = (a.place, b.place) if a.place != b.place else (a.time, b.time)
     where = "the sites' own tests" if own else "all sites' tests"
     d = paired(a.own_site, b.own_site) if own else paired(a.all_sites, b.all_sites)
+    measure, unit = c.headline, c.headline.step(c.metric)
     side = "above" if d.mean > 0 else "below"
     unequal = (
         f" The budgets differ: {a.budget.samples:,} samples against {b.budget.samples:,}."
@@ -123,44 +131,42 @@ def _against(a: Cell, b: Cell, own: bool = False) -> str:
         else ""
     )
     if d.low is None or d.high is None:
+        lower = f" ({measure.lower})" if measure.lower else ""
         return (
-            f"{left} measured {_points(abs(d.mean))} points {side} {right} on {where}, with one seed: "
+            f"{left} measured {measure.figure(abs(d.mean))} {unit} {side} {right} on {where}{lower}, with one seed: "
             f"there is no interval and no difference can be claimed.{unequal}"
         )
     if d.low <= 0 <= d.high:
+        lower = f"; {measure.lower}" if measure.lower else ""
         return (
-            f"no difference between {left} and {right} can be claimed on {where}: {_points(d.mean)} points "
-            f"({_interval(d.low, d.high)}, {d.n} seeds).{unequal}"
+            f"no difference between {left} and {right} can be claimed on {where}: {measure.figure(d.mean)} {unit} "
+            f"({_interval(measure, d.low, d.high)}, {d.n} seeds{lower}).{unequal}"
         )
     low, high = sorted((abs(d.low), abs(d.high)))
     return (
-        f"{left} is {side} {right} on {where} by {_points(abs(d.mean))} points "
-        f"({_interval(low, high)}, {d.n} seeds).{unequal}"
+        f"{left} is {side} {right} on {where} by {measure.figure(abs(d.mean))} {unit} "
+        f"({_interval(measure, low, high)}, {d.n} seeds){measure.judged(d.mean)}.{unequal}"
     )
 
 
-def _forgot(matrices: Sequence[Matrix]) -> str:
+def _forgot(c: Comparison, matrices: Sequence[Matrix]) -> str:
     """One sentence on the forgetting of a continual cell."""
-    f = summarize([forgetting(r) for r in matrices])
+    measure, unit = c.headline, c.headline.step(c.metric)
+    side = "below" if measure.larger else "above"
+    f = summarize([forgetting(r, measure.larger) for r in matrices])
+    lost = f"{measure.figure(f.mean)} {unit}"
     if f.low is None or f.high is None:
-        return (
-            f"continual training lost {_points(f.mean)} points on earlier tasks, with one seed: there is no interval."
-        )
+        return f"continual training lost {lost} on earlier tasks, with one seed: there is no interval."
     if f.low <= 0:
         return (
-            f"no forgetting can be claimed: {_points(f.mean)} points ({_interval(f.low, f.high)}, {f.n} seeds) "
-            "below the best each earlier task had reached."
+            f"no forgetting can be claimed: {lost} ({_interval(measure, f.low, f.high)}, {f.n} seeds) "
+            f"{side} the best each earlier task had reached."
         )
     return (
-        f"continual training forgets: earlier tasks end {_points(f.mean)} points below their best "
-        f"({_interval(f.low, f.high)}, {f.n} seeds)."
+        f"continual training forgets: earlier tasks end {lost} {side} their best "
+        f"({_interval(measure, f.low, f.high)}, {f.n} seeds)."
     )
 
 
-def _points(fraction: float) -> str:
-    """0.123 -> `12.3`; never `-0.0`."""
-    return f"{100 * fraction:z.1f}".replace("-", "−")
-
-
-def _interval(low: float, high: float) -> str:
-    return f"95 % interval {_points(low)} to {_points(high)}"
+def _interval(measure: Measure, low: float, high: float) -> str:
+    return f"95 % interval {measure.figure(low)} to {measure.figure(high)}"

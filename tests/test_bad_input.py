@@ -126,7 +126,7 @@ def an_invite(address: str, seconds: float = 3600) -> str:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("model.name=logistik", ("[model]", "unknown model 'logistik'", "did you mean 'logistic'?")),
+        ("model.name=logistik", ("[model]", "unknown model 'logistik'", "did you mean 'logistic'")),
         ("model={name='vit', size='tny'}", ("[model]", "'vit' has no size 'tny'", "known: b16")),
         ("model={name='vit', layer=2}", ("[model]", "unknown key 'layer'", "did you mean 'layers'")),
         ("method.name=fedavgg", ("[method]", "unknown method 'fedavgg'", "did you mean 'fedavg'")),

@@ -11,7 +11,14 @@ from shared_models.errors import ConfigError, DataError
 if TYPE_CHECKING:  # torch is loaded by who reads, not by who asks for help
     from client.readers.base import Reader, Store, Wanted
 
-GIVES = {"class": "classes", "mask": "masks", "box": "one box an image", "boxes": "boxes"}
+GIVES = {
+    "class": "classes",
+    "mask": "masks",
+    "box": "one box an image",
+    "boxes": "boxes",
+    "tokens": "texts",
+    "none": "inputs",
+}
 
 
 def read(format: str, root: Path, wanted: Wanted) -> Store:
@@ -26,9 +33,10 @@ def read(format: str, root: Path, wanted: Wanted) -> Store:
 
     targets = readers[format].targets
     if wanted.target not in targets:
+        gives = " or ".join(GIVES[t] for t in targets if t != "none" or len(targets) == 1)
         able = [name for name in readers if wanted.target in readers[name].targets]
         raise ConfigError(
-            f"reader '{format}' gives {' or '.join(GIVES[t] for t in targets)}, the task wants {GIVES[wanted.target]}",
+            f"reader '{format}' gives {gives}, the task wants {GIVES[wanted.target]}",
             hint=f"Readers that give them: {', '.join(able)}",
         )
     store = _reader(format, root).read(root, wanted)

@@ -129,7 +129,8 @@ class Store:
     """All examples a reader found, decoded once.
 
     Attributes:
-        x: images (N, C, H, W) uint8, or features (N, F) float32, NaN where one is missing.
+        x: images (N, C, H, W) uint8, features (N, F) or series (N, T, C) float32, NaN where one is missing, or tokens
+            (N, T) int32, 0 behind the end.
         y: N targets; see `shared_models.tasks.base`.
         names: N stable names, unique within the store; they never leave the site.
         data: the job's preprocessing.
@@ -139,6 +140,8 @@ class Store:
         proposals: (N, R, 4) float32 regions for models that need them.
         groups: N names of what the examples were cut from where they are tiles, else empty; examples of one group stay
             together, at one site and in one part.
+        alternatives: whether the examples of one group are one input with several targets, any of which is right, such
+            as an image and its captions; validation and test then hold the first of each group alone.
         statistics: (mean, std) measured at the sites, each (C,) or (F,), in units of `x / 255` for images.
     """
 
@@ -151,6 +154,7 @@ class Store:
     skipped: Sequence[str] = ()
     proposals: Tensor | None = None
     groups: Sequence[str] = ()
+    alternatives: bool = False
     statistics: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -175,7 +179,7 @@ class Store:
                 "data.normalise_by = 'sites': nothing was measured yet", hint="Run the job: its first round does it"
             )
         found = self.statistics or (torch.tensor(self.data.mean), torch.tensor(self.data.std))
-        tail = (-1,) + (1,) * (self.x.dim() - 2)
+        tail = (-1, 1, 1) if self.x.dtype == torch.uint8 else (-1,)
         return tuple(v.float().reshape(tail) * self.unit for v in found)  # type: ignore[return-value]
 
     def normalised_by(self, mean: Tensor, std: Tensor) -> Store:
@@ -188,12 +192,17 @@ class Store:
     @cached_property
     def inputs(self) -> Tensor | None:
         """All examples normalised, float32, where they fit into 256 MiB; else each batch is normalised."""
-        if 4 * self.x.numel() > KEPT_NORMALISED:
+        if self.x.dtype != torch.int32 and 4 * self.x.numel() > KEPT_NORMALISED:
             return None
         return self.normalise(self.x)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Raw numbers -> float32 `(x / unit - mean) / std`, on their device; a missing feature becomes the mean, 0."""
+        """Raw numbers -> float32 `(x / unit - mean) / std`, on their device; a missing feature becomes the mean, 0.
+
+        Tokens stay what they are, int64.
+        """
+        if self.x.dtype == torch.int32:
+            return x.long()
         shift, scale = (t.to(x.device, non_blocking=True) for t in self.scale)
         normal = x.float().clone() if x.dtype == torch.float32 else x.float()
         normal.sub_(shift).div_(scale)
@@ -248,12 +257,12 @@ class Examples:
         """Per class: examples of it (`class`), images that show it (`mask`), boxes of it (`boxes`); `box`: examples."""
         y = self.y
         if y.dim() == 1:
-            return torch.bincount(y, minlength=classes).tolist()
+            return torch.bincount(y, minlength=classes).tolist()[: max(classes, 1)]
         if y.dtype == torch.uint8:
             return [int((y == c).flatten(1).any(1).sum()) for c in range(classes)]
         if y.dim() == 3:
             return [int((y[..., 0] == c).sum()) for c in range(classes)]
-        return [len(self)] + [0] * (classes - 1)
+        return [len(self)] + [0] * (classes - 1)  # a box, or tokens
 
 
 @dataclass(frozen=True)
@@ -280,7 +289,8 @@ def split(store: Store, rows: Tensor | None = None) -> Splits:
     The owner's own split is taken where there is one. Otherwise a sample's part follows from the SHA-256 of its name,
     60 / 20 / 20 on average: it never changes when samples are added, and does not depend on a seed. With
     `data.parts = "blocks"` the first 60 % in the order of names (`natural`) are train, the next 20 % validation, the
-    rest test. Tiles go by the name of their image.
+    rest test. Tiles go by the name of their image. Of alternatives validation and test hold the first alone. Of train
+    no more is kept than `data.train_share` says.
 
     Raises:
         DataError: a part would be empty.
@@ -291,9 +301,13 @@ def split(store: Store, rows: Tensor | None = None) -> Splits:
     elif store.data.parts == "blocks":
         names = sorted({store.together[r] for r in rows.tolist()}, key=natural)
         place = {name: i / len(names) for i, name in enumerate(names)}
-        parts = [_part(place[store.together[r]]) for r in rows.tolist()]
+        parts = [part_at(place[store.together[r]]) for r in rows.tolist()]
     else:
         parts = [part_of(store.together[r]) for r in rows.tolist()]
+    if store.alternatives:
+        first = {store.together[r]: r for r in reversed(rows.tolist())}
+        kept = set(first.values())
+        parts = [p if p == "train" or r in kept else "" for p, r in zip(parts, rows.tolist(), strict=True)]
     found = {p: Examples(store, rows[torch.tensor([q == p for q in parts], dtype=torch.bool)]) for p in PARTS}
     for part, examples in found.items():
         if not len(examples):
@@ -301,7 +315,31 @@ def split(store: Store, rows: Tensor | None = None) -> Splits:
                 f"no example for the {part} part among {len(rows)}",
                 hint="Add examples, or give train, validation and test folders",
             )
+    if store.data.train_share < 1:
+        found["train"] = _some(found["train"], store.data.train_share)
     return Splits(**found)
+
+
+def _some(examples: Examples, share: float) -> Examples:
+    """A share of them on average, by the SHA-256 of their names: none of a smaller share is missing in a larger one.
+
+    Raises:
+        DataError: nothing would be left.
+    """
+    names = examples.store.together
+    kept = torch.tensor([_chance(names[row]) < share for row in examples.rows.tolist()], dtype=torch.bool)
+    if not kept.any():
+        raise DataError(
+            f"data.train_share = {share} leaves none of {len(examples)} training examples",
+            hint="Set a larger share, or add examples",
+        )
+    return Examples(examples.store, examples.rows[kept])
+
+
+def _chance(name: str) -> float:
+    """A number in [0, 1) of a name, another one than that which decides its part."""
+    digest = hashlib.sha256(b"train_share\0" + name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def natural(name: str) -> tuple[tuple[int, str], ...]:
@@ -312,10 +350,11 @@ def natural(name: str) -> tuple[tuple[int, str], ...]:
 
 def part_of(name: str) -> str:
     """The part a sample belongs to when its owner gave none."""
-    return _part(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[0] / 256)
+    return part_at(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[0] / 256)
 
 
-def _part(place: float) -> str:
+def part_at(place: float) -> str:
+    """The part at a place from 0 to below 1: 60 / 20 / 20."""
     return "train" if place < 0.6 else "validation" if place < 0.8 else "test"
 
 

@@ -18,11 +18,13 @@ from shared_models.errors import DataError
 class Digits(Reader):
     """Pixels 0..16 are scaled to bytes 0..255. The root is not used."""
 
+    targets = ("class", "none")
     needs_root = False
 
     def read(self, root: Path, wanted: Wanted) -> Store:
         """Samples in the order of label list and index; labels must be the ten digits, or aliases of them."""
-        index = [wanted.index(str(digit), f"digit {digit}") for digit in range(10)]
+        known = wanted.target == "class"
+        index = [wanted.index(str(digit), f"digit {digit}") if known else 0 for digit in range(10)]
         pixels, target = _load()
         grey = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         classes = [index[d] for d in target]

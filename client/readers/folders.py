@@ -72,8 +72,13 @@ def read_bytes(path: Path) -> bytes:
 
 def read_text(path: Path) -> str:
     """A whole UTF-8 file without its byte order mark; raises a DataError that names it, also where it is no text."""
+    return as_text(read_bytes(path), path)
+
+
+def as_text(raw: bytes, path: Path) -> str:
+    """The text of a file's bytes, without a byte order mark; raises a DataError that names it where it is none."""
     try:
-        text = read_bytes(path).decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{shown(path)} is not UTF-8 at byte {error.start}", hint="Save it as UTF-8") from None
     if found := re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text):

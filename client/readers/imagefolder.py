@@ -1,17 +1,21 @@
-"""Folders of images, one folder a class: `<root>/<class>/*.png`, or `<root>/{train,validation,test}/<class>/*.png`."""
+"""Folders of images, one folder a class: `<root>/<class>/*.png`, or `<root>/{train,validation,test}/<class>/*.png`.
+
+A task that wants no classes takes the images however they lie below these.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from client.readers.base import PARTS, Reader, Store, Wanted, reader
+from client.readers.base import PARTS, Reader, Store, Tolerance, Wanted, reader
 from client.readers.folders import SUFFIXES, image_files, listed, part_folders, shown
 from client.readers.images import load_image
-from client.readers.samples import Sample, census, fill
+from client.readers.samples import Sample, census, fill, in_order
 from shared_models.errors import DataError
 
 
@@ -19,11 +23,15 @@ from shared_models.errors import DataError
 class ImageFolder(Reader):
     """Hidden files, and files that are no image by their suffix, are passed over; `val` and `valid` are validation."""
 
+    targets = ("class", "none")
+
     def read(self, root: Path, wanted: Wanted) -> Store:
         """Samples in the order of part, label list and file name, whatever the folders' order."""
         if not root.is_dir():
             raise DataError(f"{shown(root)} is no folder", hint="Give a folder that holds one folder per class")
         bases = part_folders(root) or {"": root}
+        if wanted.target == "none":
+            return _unlabelled(root, bases, wanted)
         folders = [(part, folder) for part, base in bases.items() for folder in listed(base) if folder.is_dir()]
         if not folders:
             raise DataError(f"{shown(root)} has no class folder", hint="Expected <folder>/<class>/<image files>")
@@ -48,3 +56,18 @@ class ImageFolder(Reader):
     def check(self, root: Path) -> dict[str, Any]:
         """Opens every image."""
         return census(self, root, "class")
+
+
+def _unlabelled(root: Path, bases: Mapping[str, Path], wanted: Wanted) -> Store:
+    """Every image below the parts, at any depth; what the folders are called is not read."""
+    found = [(part, path) for part, base in bases.items() for path in _below(base)]
+    if not found:
+        raise DataError(f"no image below {shown(root)}", hint=f"Suffixes that count: {' '.join(sorted(SUFFIXES))}")
+    samples = in_order(Sample(path.relative_to(root).as_posix(), path, part) for part, path in found)
+    bad = Tolerance(wanted.skip_bad)
+    return fill(samples, lambda sample: (load_image(sample.about, wanted.data), torch.tensor(0)), wanted, bad)
+
+
+def _below(folder: Path) -> list[Path]:
+    deeper = [path for inner in listed(folder) if inner.is_dir() for path in _below(inner)]
+    return image_files(folder) + deeper

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ ARRAYS = {part: (f"{part}_images", f"{part}_labels") for part in ("train", "val"
 class Npz(Reader):
     """The root is the file, or a folder with exactly one. Arrays that hold Python objects are refused unread."""
 
+    targets = ("class", "none")
+
     def read(self, root: Path, wanted: Wanted) -> Store:
         """Samples in the file's order, part by part."""
-        path = _file(root)
+        path = npz_file(root)
         arrays = load(path)
         samples = []
         for part, (images, labels) in ARRAYS.items():
@@ -43,7 +46,9 @@ class Npz(Reader):
 
         def decode(sample: Sample[tuple[str, str, int]]) -> tuple[Tensor, Tensor]:
             images, labels, i = sample.about
-            label = numbered(int(arrays[labels].reshape(-1)[i]), wanted, f"{shown(path)}: {labels}[{i}]")
+            label = 0
+            if wanted.target == "class":
+                label = numbered(int(arrays[labels].reshape(-1)[i]), wanted, f"{shown(path)}: {labels}[{i}]")
             return to_tensor(Image.fromarray(arrays[images][i]), wanted.data), torch.tensor(label)
 
         return fill(samples, decode, wanted)
@@ -53,16 +58,17 @@ class Npz(Reader):
         return census(self, root, "class")
 
 
-def load(path: Path) -> dict[str, np.ndarray]:
-    """The six arrays of a file.
+def load(path: Path, *choices: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of a file: the first of the choices that it has whole; MedMNIST's six where none are given.
 
     Raises:
         DataError: it is no such file, lacks an array, needs pickle, or would unpack to more than 8 GiB.
     """
-    wanted = [name for pair in ARRAYS.values() for name in pair]
+    choices = choices or ([name for pair in ARRAYS.values() for name in pair],)
     try:
         with zipfile.ZipFile(path) as archive:
             there = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            wanted = max(choices, key=lambda names: (there.keys() >= set(names), not there.keys().isdisjoint(names)))
             if missing := [name for name in wanted if name not in there]:
                 raise DataError(
                     f"{shown(path)} has no {', '.join(missing)}", hint=f"It has {', '.join(map(repr, there))}"
@@ -78,10 +84,11 @@ def load(path: Path) -> dict[str, np.ndarray]:
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
             return arrays
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{shown(path)} cannot be read: {error}", hint="Expected MedMNIST's .npz") from None
+        raise DataError(f"{shown(path)} cannot be read: {error}", hint="Expected what numpy.savez writes") from None
 
 
-def _file(root: Path) -> Path:
+def npz_file(root: Path) -> Path:
+    """The root, or the one `.npz` of a folder; raises a DataError where it has none or several."""
     if root.is_file():
         return root
     files = [path for path in listed(root) if path.suffix.lower() == ".npz" and path.is_file()]

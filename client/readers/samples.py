@@ -58,7 +58,8 @@ def fill(
 
     Args:
         samples: what is there.
-        decode: one sample -> its image (C, H, W) uint8 and its target: class (), mask (H, W), box (4,), boxes (n, 5);
+        decode: one sample -> its image (C, H, W) uint8 and its target: class (), mask (H, W), box (4,), boxes (n, 5),
+            tokens (T,), none: zero;
             of one in tiles, (tiles, C, H, W) and (tiles, H, W).
         wanted: preprocessing, form of the target, and how many bad samples may be passed over.
         bad: continues to count where the search has found some.
@@ -73,6 +74,8 @@ def fill(
         "mask": ((height, width), torch.uint8),
         "box": ((4,), torch.float32),
         "boxes": ((0,), torch.float32),  # of no fixed number: kept as rows
+        "tokens": ((wanted.data.text_length,), torch.int64),
+        "none": ((), torch.int64),
     }
     form, dtype = forms[wanted.target]
     count = sum(sample.tiles or 1 for sample in samples)

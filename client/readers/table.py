@@ -4,7 +4,8 @@ The job's `data.shape` says which. One CSV file or a folder of them; how cells a
 
 | column                         | besides the job's features                                                       |
 |--------------------------------|----------------------------------------------------------------------------------|
-| `data.target`                  | the class                                                                        |
+| `data.target`                  | the class; not read where the task wants none                                    |
+| `data.text`                    | one or more columns that hold a text, for a job in tokens                        |
 | `part`                         | train, validation (val, valid) or test; optional                                 |
 | `site`                         | optional; else each of several files is one: `x.csv` and `processed.x.data` is x |
 | `path` or `filename`           | an image, relative to the file or to `images/` or `JPEGImages/` beside it        |
@@ -32,6 +33,7 @@ from client.readers.csvfile import Row, Table, read_tables
 from client.readers.folders import PART_WORDS, named
 from client.readers.images import load_image, open_picture
 from client.readers.samples import Sample, fill, for_all, in_order
+from client.readers.texts import Text, text_store, to_ids, tokenizer_of
 from shared_models.errors import DataError
 
 log = logging.getLogger("fedzoo.client")
@@ -76,14 +78,15 @@ class Picture:
 class Csv(Reader):
     """Samples in the order of part and name: of the image, or of the file and the line."""
 
-    targets = ("class", "boxes", "box")
+    targets = ("class", "boxes", "box", "none")
 
     def read(self, root: Path, wanted: Wanted) -> Store:
-        """Features where the job's shape is one number, else images."""
+        """Features, texts or images, as the job says."""
         tables = [table.in_shared_words(wanted) for table in read_tables(root)]
         for table in tables:
-            table.require(wanted.data.target)
-        return _features(tables, wanted) if len(wanted.data.shape) == 1 else _images(tables, wanted)
+            table.require(*([wanted.data.target] if wanted.target != "none" else []))
+        kinds = {"features": _features, "tokens": _texts}
+        return kinds.get(wanted.data.form, _images)(tables, wanted)
 
     def check(self, root: Path) -> dict[str, Any]:
         """Rows, missing cells per column, classes per part, sites; opens every image."""
@@ -94,7 +97,7 @@ class Csv(Reader):
 
         def look(row: Row) -> None:
             cells = {column: row.cell(column) for column in row.column}
-            part, site = _part(row), _site(row)
+            part, site = own_part(row), own_site(row)
             if path := next((cells[c] for c in PATHS if c in cells), ""):
                 open_picture(_path(row, path))
             missing.update({column: not text for column, text in cells.items()})
@@ -117,11 +120,11 @@ def _features(tables: Sequence[Table], wanted: Wanted) -> Store:
 
         def parse(row: Row, features: Sequence[Feature] = features) -> Sample[tuple[list[float], int]] | None:
             values = [feature.value(row) for feature in features]
-            word = row.cell(wanted.data.target)
-            if wanted.data.missing == "drop" and not (word and all(map(math.isfinite, values))):
+            known = wanted.target == "none" or bool(row.cell(wanted.data.target))
+            if wanted.data.missing == "drop" and not (known and all(map(math.isfinite, values))):
                 return None
-            label = wanted.index(word, f"{row.where}, column '{wanted.data.target}',")
-            return Sample(f"{row.file.name}:{row.line:07d}", (values, label), _part(row), _site(row))
+            label = _label(row, wanted)
+            return Sample(f"{row.file.name}:{row.line:07d}", (values, label), own_part(row), own_site(row))
 
         good = [sample for _, sample in bad.each(table.rows, parse)]
         samples += [sample for sample in good if sample]
@@ -139,17 +142,33 @@ def _features(tables: Sequence[Table], wanted: Wanted) -> Store:
     )
 
 
+def _texts(tables: Sequence[Table], wanted: Wanted) -> Store:
+    tokenizer, length, bad = tokenizer_of(wanted), wanted.data.shape[0], Tolerance(wanted.skip_bad)
+    for table in tables:
+        table.require(*wanted.data.text)
+
+    def parse(row: Row) -> Sample[Text]:
+        text = " ".join(filter(None, (row.cell(column) for column in wanted.data.text)))
+        if not text:
+            raise DataError(f"{row.where} has no text", hint="Remove the line")
+        about = Text(to_ids(text, tokenizer, length), torch.tensor(_label(row, wanted)))
+        return Sample(f"{row.file.name}:{row.line:07d}", about, own_part(row), own_site(row))
+
+    samples = [sample for _, sample in bad.each([row for table in tables for row in table.rows], parse)]
+    return text_store(in_order(samples), lambda sample: sample.about, wanted, bad)
+
+
 def _images(tables: Sequence[Table], wanted: Wanted) -> Store:
-    bad = Tolerance(wanted.skip_bad)
+    bad, boxes = Tolerance(wanted.skip_bad), wanted.target in ("box", "boxes")
     pictures: dict[Path, Picture] = {}
     for table in tables:
         column = next((c for c in PATHS if c in table.columns), PATHS[0])
-        table.require(column, *(SIDES if wanted.target != "class" else ()))
+        table.require(column, *(SIDES if boxes else ()))
 
         def add(row: Row, column: str = column) -> None:
             path = _path(row, row.cell(column))
             about = pictures.setdefault(path, Picture(path, []))
-            if about.rows and wanted.target == "class":
+            if about.rows and not boxes:
                 raise DataError(f"{row.where} names {row.cell(column)!r} again", hint="Give each image one row")
             about.rows.append(row)
 
@@ -157,15 +176,15 @@ def _images(tables: Sequence[Table], wanted: Wanted) -> Store:
 
     def one(picture: Picture) -> Sample[Picture]:
         first = picture.rows[0]
-        part, site = _part(first), _site(first)
+        part, site = own_part(first), own_site(first)
         for row in picture.rows:
-            if (_part(row), _site(row)) != (part, site):
+            if (own_part(row), own_site(row)) != (part, site):
                 raise DataError(f"{row.where} has another part or site than line {first.line} of the same image")
         return Sample(picture.path.relative_to(first.file.parent).as_posix(), picture, part, site)
 
     def open_one(sample: Sample[Picture]) -> tuple[Tensor, Tensor]:
         path, rows = sample.about.path, sample.about.rows
-        if wanted.target == "class":
+        if not boxes:
             return load_image(path, wanted.data), torch.tensor(_label(rows[0], wanted))
         return decode(path, _annotation(rows, wanted), wanted, rows[0].where)
 
@@ -186,6 +205,8 @@ def _annotation(rows: Sequence[Row], wanted: Wanted) -> Annotation:
 
 
 def _label(row: Row, wanted: Wanted) -> int:
+    if wanted.target == "none":
+        return 0
     return wanted.index(row.cell(wanted.data.target), f"{row.where}, column '{wanted.data.target}',")
 
 
@@ -194,7 +215,8 @@ def _path(row: Row, name: str) -> Path:
     return named([base, base / "images", base / "JPEGImages"], name, row.where)
 
 
-def _part(row: Row) -> str:
+def own_part(row: Row) -> str:
+    """The part that its owner has put it into, empty for none; raises a DataError where there is no such part."""
     if "part" not in row.column:
         return ""
     word = row.cell("part")
@@ -203,7 +225,8 @@ def _part(row: Row) -> str:
     return PART_WORDS[word.lower()]
 
 
-def _site(row: Row) -> str:
+def own_site(row: Row) -> str:
+    """The site that the row or its file names, empty for none; raises a DataError where the column is empty."""
     if "site" not in row.column:
         return row.site
     site = row.cell("site")

@@ -15,6 +15,11 @@ Client half (pure functions of tensors, also under `torch.func.vmap`):
     up, kept = end_round(model, down, kept, progress)
     kept = end_task(model, task, batches, kept)                  when a stream moves on
 
+A method with a closed form overrides `answer` instead of these: there is no training, the site sends sums over its
+examples, and `finish` solves for the model.
+
+    up = answer(model, task, batches, down)
+
 `kept` is the method's own state of one site; it stays on the node. A continual method overrides only the client half
 and crosses with any server half: the client runs both, the federated method's pieces first.
 """
@@ -112,6 +117,13 @@ class Method:
     def end_round(self, model: Tensors, down: Groups, kept: Groups, progress: Progress) -> tuple[Groups, Groups]:
         """(groups that go up, what is kept). `model`: the sent entries after training."""
         return {"model": model}, kept
+
+    def answer(self, model: nn.Module, task: Task, batches: Iterable[Batch], down: Groups) -> Groups:
+        """What goes up in place of a trained model: groups of the form of `down`, from the site's examples in order.
+
+        What it draws comes from torch's global generator, which is keyed by site and round.
+        """
+        raise NotImplementedError
 
     def end_task(self, model: nn.Module, task: Task, batches: Iterable[Batch], kept: Groups) -> Groups:
         """What is kept when task's data are about to disappear."""

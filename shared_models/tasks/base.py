@@ -6,6 +6,8 @@
 | `mask`  | (B, H, W) uint8                | index into the label list at every pixel; 255 counts nowhere        |
 | `box`   | (B, 4) float32                 | x0, y0, x1, y1 as fractions of the image's width and height         |
 | `boxes` | (B, M, 5) float32              | class index, x0, y0, x1, y1; rows with class -1 are padding         |
+| `tokens`| (B, T) int64                   | ids of the tokens of a text that belongs to the input; 0 is padding |
+| `none`  | (B,) int64                     | nothing: zeros. What is to be found is made from the input          |
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from shared_models.errors import ConfigError
-from shared_models.job import Job
+from shared_models.job import DataPart, Job
 from shared_models.registry import Registry, nearest
 
-Target = Literal["class", "mask", "box", "boxes"]
+Target = Literal["class", "mask", "box", "boxes", "tokens", "none"]
 IGNORED = 255  # the value of a mask's pixels that count nowhere
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs x (B, *shape) float32 and targets y as in the table above.
+    """Inputs x (B, *shape) float32, or tokens (B, T) int64, and targets y as in the table above.
 
     Attributes:
         proposals: (B, R, 4) float32 regions that may hold an object, for models that ask for them (`Model.proposals`);
@@ -60,11 +62,31 @@ class Batch:
         return Batch(x, y, moved)
 
 
+@dataclass(frozen=True)
+class Measure:
+    """How a metric is shown.
+
+    Attributes:
+        unit: behind the figure; `%` for a fraction of 1.
+        factor: what the value is multiplied by.
+        digits: behind the point.
+        larger: whether a larger one is better.
+    """
+
+    unit: str = "%"
+    factor: float = 100.0
+    digits: int = 1
+    larger: bool = True
+
+
+PERCENT = Measure()
+
+
 class TaskSettings(BaseModel):
     """Base of a task's own settings beside its name.
 
     Attributes:
-        labels: fix every class index, at every site.
+        labels: fix every class index, at every site; a task without classes has none.
         aliases: a word of the data (class folder, CSV value, object name, grey value `"255"`, colour `"#ff0000"`) ->
             the label it stands for. A site's own `client.toml` may say more.
         headline: the metric that tables show and `federation.select = "best"` goes by; by default the task's own.
@@ -92,17 +114,27 @@ class Task(ABC):
         target: what a reader must give for every example.
         unit: `sample`: `loss` returns one value per sample and samples do not mix; `batch`: it returns
             one value for the whole batch, which methods that need per-sample values refuse.
-        metrics: names of the metrics between 0 and 1, larger is better, that `values` has for every job, the
-            default headline first.
+        metrics: names of the metrics that `values` has for every job, the default headline first.
+        measures: how those of them are shown that are no fractions of which a larger one is better.
+        each: whether the model is asked for `outputs` numbers at every position of a text or series.
+        draws: whether `forward` draws random numbers in evaluation too; they are then the same in every round.
     """
 
     Settings: ClassVar[type[TaskSettings]] = TaskSettings
     target: ClassVar[Target] = "class"
     unit: ClassVar[Literal["sample", "group", "batch"]] = "sample"
     metrics: ClassVar[tuple[str, ...]]
+    measures: ClassVar[Mapping[str, Measure]] = {}
+    each: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: Any, data: DataPart | None = None) -> None:
         self.settings = settings
+        self.data = data
+
+    def measure(self, metric: str) -> Measure:
+        """How a metric of `values` is shown."""
+        return self.measures.get(metric.partition(":")[0], PERCENT)
 
     @property
     def headline(self) -> str:
@@ -114,9 +146,25 @@ class Task(ABC):
     def outputs(self) -> int:
         """What the model is built for: classes, or numbers per example."""
 
+    def shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
+        """What the model is built for, where it sees something else than the whole sample (`DataPart.sample`)."""
+        return sample
+
+    def attach(self, model: nn.Module, sample: tuple[int, ...]) -> nn.Module:
+        """The model with what the task alone needs added to it, e.g. a decoder; here as it is."""
+        return model
+
+    def evaluation_batch(self, default: int) -> int:
+        """How many examples are measured at once, where a metric depends on it."""
+        return default
+
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """The model's outputs for a batch: what `loss` and `sums` take."""
         return model(batch.x)
+
+    def examine(self, model: nn.Module, batch: Batch, part: Literal["validation", "test"]) -> Any:
+        """The outputs when the model is measured; what takes long (to write a text) is done on the test part alone."""
+        return self.forward(model, batch)
 
     @abstractmethod
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
@@ -147,6 +195,10 @@ class Task(ABC):
         found: Tensor = outputs.argmax(dim=1)
         return found
 
+    def quote(self, outputs: Any, batch: Batch) -> list[tuple[str, str, str]]:
+        """(given, wanted, said) of each example, for tasks whose model writes; `outputs` are those of the test part."""
+        return []
+
     @abstractmethod
     def draw(self, shape: tuple[int, ...], count: int, source: torch.Generator) -> Batch:
         """A random batch of this task's form, for measuring a model and for tests."""
@@ -165,7 +217,9 @@ def make_task(job: Job) -> Task:
     made: Task | None = job.__dict__.get("_made_task")
     if made is None:
         declared = tasks[job.task.name]
-        made = job.__dict__["_made_task"] = declared(declared.Settings(labels=job.task.labels, **job.task.keys))
+        made = job.__dict__["_made_task"] = declared(
+            declared.Settings(labels=job.task.labels, **job.task.keys), job.data
+        )
     return made
 
 

@@ -16,6 +16,7 @@ from shared_models.metrics.calibration import expected_calibration_error, overco
 from shared_models.metrics.confusion import accuracy, confusion, dice
 from shared_models.metrics.histograms import bins_that_fit
 from shared_models.tasks.base import Batch, Task, TaskSettings, task
+from shared_models.tokens import draw_ids
 
 
 class ChoiceSettings(TaskSettings):
@@ -122,6 +123,9 @@ class Classification(Task):
         }
 
     def draw(self, shape: tuple[int, ...], count: int, source: torch.Generator) -> Batch:
-        """Normal noise and uniform classes."""
-        x = torch.randn(count, *shape, generator=source)
+        """Normal noise, or random texts, and uniform classes."""
+        if self.data is not None and self.data.form == "tokens":
+            x = draw_ids(shape[0], self.data.sample[-1], count, source)
+        else:
+            x = torch.randn(count, *shape, generator=source)
         return Batch(x, torch.randint(self.outputs, (count,), generator=source))

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Annotated
 
 from pydantic import Field, PositiveInt, field_validator
-from torch import nn
+from torch import Tensor, nn
 
 from shared_models.errors import ConfigError
 from shared_models.models import ModelSettings, Shape, model
@@ -45,6 +45,23 @@ class CNNSettings(ModelSettings):
         return kernel
 
 
+class CNN(nn.Sequential):
+    """The layers in a row; see `shared_models.backbone` for `top` and `maps`."""
+
+    def __init__(self, layers: OrderedDict[str, nn.Module]) -> None:
+        super().__init__(layers)
+        names = list(layers)
+        self.top = tuple(names[names.index("flatten") :])
+
+    def maps(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, channels[-1], h, w) after the last pooling."""
+        for name, layer in self.named_children():
+            if name in self.top:
+                break
+            x = layer(x)
+        return x
+
+
 @model(
     "cnn",
     settings=CNNSettings,
@@ -54,6 +71,9 @@ class CNNSettings(ModelSettings):
         "niid-bench": {"channels": (6, 16), "kernel": 5, "padded": False, "hidden": (120, 84)},
     },
     paper="McMahan et al. 2017, Communication-Efficient Learning of Deep Networks from Decentralized Data",
+    tasks=("classification", "rotation", "jigsaw", "colorization", "masked-autoencoding"),
+    notes="Colorization and masked autoencoding train the convolutions alone: train a probe after them with "
+    "`[share] base = ['conv*']`, for the fully connected layers start anew like the head.",
 )
 def build(settings: CNNSettings, shape: Shape, outputs: int) -> nn.Module:
     """(B, C, H, W) -> (B, outputs) scores.
@@ -85,4 +105,4 @@ def build(settings: CNNSettings, shape: Shape, outputs: int) -> nn.Module:
         layers[f"hidden{i}"] = nn.Linear(before, after)  # (B, hidden[i])
         layers[f"hidden_relu{i}"] = nn.ReLU()
     layers["head"] = nn.Linear(widths[-1], outputs)  # (B, outputs)
-    return nn.Sequential(layers)
+    return CNN(layers)

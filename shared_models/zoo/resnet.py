@@ -198,7 +198,9 @@ class ResNetFeatures(Trunk):
 
 
 class ResNet(Trunk):
-    """The last feature map, its global average and a linear head `fc`."""
+    """The last feature map, its global average and a linear head `fc`; `top` as in `shared_models.backbone`."""
+
+    top: ClassVar[tuple[str, ...]] = ("fc",)
 
     def __init__(self, layers: Layers, bottleneck: bool, settings: ResNetSettings, channels: int, outputs: int) -> None:
         super().__init__(layers, bottleneck, settings.width, settings.stem, settings.norm, channels)
@@ -206,10 +208,15 @@ class ResNet(Trunk):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, outputs) scores."""
-        scores: Tensor = self.fc(self.stages(x)[-1].mean(dim=(2, 3)))
+        scores: Tensor = self.fc(self.maps(x).mean(dim=(2, 3)))
         return scores
 
+    def maps(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, widths[-1], H / strides[-1], W / strides[-1]), the feature map of the last stage."""
+        return self.stages(x)[-1]
 
+
+TASKS = ("classification", "localization", "rotation", "jigsaw", "colorization", "masked-autoencoding")
 USUAL = {"tiny": (3, 32, 32), "cifar": (3, 32, 32), "paper": (3, 224, 224)}
 
 
@@ -222,7 +229,7 @@ USUAL = {"tiny": (3, 32, 32), "cifar": (3, 32, 32), "paper": (3, 224, 224)}
         "paper": {"width": 64, "stem": "imagenet"},
     },
     paper="He et al. 2016, Deep Residual Learning for Image Recognition",
-    tasks=("classification", "localization"),
+    tasks=TASKS,
     heads=("fc.*",),
     usual=USUAL,
 )
@@ -240,7 +247,7 @@ def build(settings: ResNetSettings, shape: Shape, outputs: int) -> nn.Module:
         "paper": {"width": 64, "stem": "imagenet"},
     },
     paper="He et al. 2016, Deep Residual Learning for Image Recognition",
-    tasks=("classification", "localization"),
+    tasks=TASKS,
     heads=("fc.*",),
     usual=USUAL,
 )

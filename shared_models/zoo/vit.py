@@ -23,6 +23,7 @@ AdamW 0.001 gives 0.96.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,9 @@ class Encoder(nn.Module):
 
 
 class VisionTransformer(Encoder):
-    """A linear head on the class token."""
+    """A linear head on the class token; `top` as in `shared_models.backbone`."""
+
+    top: ClassVar[tuple[str, ...]] = ("head",)
 
     def __init__(self, settings: ViTSettings, shape: Shape, outputs: int) -> None:
         super().__init__(settings, shape)
@@ -152,6 +155,12 @@ class VisionTransformer(Encoder):
         """(B, C, H, W) -> (B, outputs) scores."""
         scores: Tensor = self.head(self.norm(self.tokens(x)[:, 0]))  # (B, outputs)
         return scores
+
+    def maps(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, H/patch, W/patch), the patches' tokens after the last norm."""
+        grid = [side // patch for side, patch in zip(x.shape[2:], self.patches.stride, strict=True)]
+        maps: Tensor = self.norm(self.tokens(x)[:, 1:]).transpose(1, 2).unflatten(2, grid)
+        return maps
 
 
 def initialise(module: nn.Module) -> None:
@@ -206,7 +215,7 @@ RENAMES = (
         "l16": {"layers": 24, "width": 1024, "mlp": 4096, "heads": 16, "patch": 16},
     },
     paper="Dosovitskiy et al. 2021, An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
-    tasks=("classification", "localization"),
+    tasks=("classification", "localization", "rotation", "jigsaw", "colorization", "masked-autoencoding"),
     renames=RENAMES,
     usual={"tiny": (1, 8, 8)} | dict.fromkeys(("ti16", "s16", "b16", "l16"), (3, 224, 224)),
 )

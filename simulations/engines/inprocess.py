@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor
 
 from client.handler import Handler
 from client.policy import Policy
@@ -28,18 +30,26 @@ class InProcess:
         self,
         names: Sequence[str],
         splits: Callable[[str], Splits],
-        benches: Callable[[Job], Workbench] | None = None,
-        states: Callable[[str], State] = lambda name: MemoryState(),
+        benches: Callable[[Job, Mapping[str, Tensor]], Workbench] | None = None,
+        states: Callable[[str], State] | None = None,
     ) -> None:
         self.names = names
         self.splits = splits
         self.benches = benches or Benches()
-        self._make_state = states
+        self._make_state = states or (lambda name: MemoryState())
+        self._left: tuple[str, Mapping[str, Tensor]] = ("", {})
         self._states: dict[str, State] = {}
         self._policy = Policy(approve_all=True)
 
     def admit(self, probe: Callable[[str], Instruction], need: int, wait: float) -> None:
-        """Nobody to wait for: every instruction's fingerprint is checked where it is handled."""
+        """Nobody to wait for: every instruction's fingerprint is checked where it is handled.
+
+        What an earlier stage left is the same for all sites, and lies in memory once.
+        """
+        asked = probe("")
+        self._left = (asked.run, asked.groups.get("start", {}))
+        for state in self._states.values():
+            state.keep_start(*self._left)
 
     def population(self, need: int, wait: float) -> Sequence[str]:
         """All of them; raises DeploymentError where that is not enough, for no more will come."""
@@ -59,4 +69,6 @@ class InProcess:
         """The site's entry; what it remembers lives as long as this engine."""
         if site not in self._states:
             self._states[site] = self._make_state(site)
+            if self._left[1]:
+                self._states[site].keep_start(*self._left)
         return Handler(site, lambda job: self.splits(site), self._states[site], self._policy, self.benches, check=False)

@@ -78,7 +78,7 @@ def test_the_contribution_carries_the_halvings(make_job: MakeJob, make_splits: M
     job, splits = make_job(train={"batch_size": 16}), make_splits(1)
     bench = Workbench(job, CPU)
     bench.model.register_forward_pre_hook(Small(8))
-    site = Handler("s", lambda job: splits, MemoryState(), Policy(approve_all=True), lambda job: bench)
+    site = Handler("s", lambda job: splits, MemoryState(), Policy(approve_all=True), lambda job, start: bench)
     model = {n: t.clone() for n, t in bench.sent().items()}
     asked = Instruction("train", "r", "s", job, bench.spec.fingerprint, groups={"model": model})
     answer = site.handle(asked)
@@ -89,7 +89,7 @@ def test_not_even_one_example_fits(make_job: MakeJob, make_splits: MakeSplits) -
     job, splits = make_job(), make_splits(1)
     bench = Workbench(job, CPU)
     bench.model.register_forward_pre_hook(Small(0))
-    site = Handler("s", lambda job: splits, MemoryState(), Policy(approve_all=True), lambda job: bench)
+    site = Handler("s", lambda job: splits, MemoryState(), Policy(approve_all=True), lambda job, start: bench)
     model = {n: t.clone() for n, t in bench.sent().items()}
     answer = site.handle(Instruction("train", "r", "s", job, bench.spec.fingerprint, groups={"model": model}))
     assert answer.code == "out-of-memory"

@@ -22,6 +22,8 @@ from shared_models.errors import RunError
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction, refusal
 from shared_models.schedule import round_budget, task_of
+from shared_models.tasks.base import Measure
+from shared_models.tasks.classification import Classification
 from simulations.engines.inprocess import InProcess
 
 SITES = ("a", "b", "c", "d", "e")
@@ -239,6 +241,19 @@ def test_best_round_is_chosen_on_validation_only(make_job: Maker, sites: dict[st
     assert all(torch.equal(measured.model[n], t) for n, t in outcome.model.items())
     assert again.progress.curve == coordinator.progress.curve
     assert measured.all_sites["accuracy"] != outcome.all_sites["accuracy"]
+
+
+def test_the_best_of_what_should_be_small_is_the_smallest(
+    make_job: Maker, sites: dict[str, Splits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Classification, "measures", {"calibration": Measure(larger=False)})
+    job = make_job(task={"headline": "calibration"}, federation={"select": "best", "rounds": 5}, train={"lr": 1.5})
+    coordinator, _ = run(job, sites)
+    curve = [row["calibration"] for row in coordinator.progress.curve]
+    assert coordinator.progress.best is not None
+    score, at = coordinator.progress.best
+    assert (score, at) == (pytest.approx(min(curve), rel=1e-6), curve.index(min(curve)))
+    assert curve[at] < curve[0], "the first round must not be the best here"
 
 
 def test_a_round_that_lost_sites_is_repeated(make_job: Maker, sites: dict[str, Splits], tmp_path: Path) -> None:

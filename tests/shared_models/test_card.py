@@ -267,7 +267,12 @@ def test_weights_are_loaded_and_said(tmp_path: Path) -> None:
         ("pixels", {"task": "detection"}, ConfigError, "does not serve the task 'detection'. known: classification"),
         ("pixels", {"shape": (1, 4, 9)}, ConfigError, "no more than 8 pixels, not 9"),
         ("pixels", {"shape": (5,)}, ConfigError, "model 'pixels' cannot take an example of shape (5,)"),
-        ("pixels", {"shape": (1, 4)}, ConfigError, "fedzoo models show: 'data.shape"),
+        (
+            "pixels",
+            {"shape": (1, 4)},
+            ConfigError,
+            "model 'pixels' cannot take an example of shape (1, 4)",
+        ),
         ("pixels", {"weights": "none.pth"}, ConfigError, "there is no weights file 'none.pth'"),
     ],
 )

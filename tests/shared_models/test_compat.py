@@ -19,7 +19,16 @@ Parts = dict[str, Any]
 SCAFFOLD: Parts = {"method": {"name": "scaffold"}}
 SEGMENTATION: Parts = {"model": {"name": "unet"}, "task": {"name": "segmentation", "labels": ["a", "b"]}}
 FEATURES: Parts = {"data": {"shape": [2], "features": ["age", "sex=1"]}}
+ROTATION: Parts = {"model": {"name": "cnn"}, "task": {"name": "rotation"}}
+KMEANS: Parts = {"model": {"name": "kmeans"}, "task": {"name": "clustering"}}
+LLOYD: Parts = {**KMEANS, "method": {"name": "lloyd"}}
+PCA: Parts = {"model": {"name": "pca"}, "task": {"name": "reconstruction"}}
 CASES: list[tuple[str, Parts, Parts]] = [
+    (
+        "augment.quarter_turns turns images before the task 'rotation' does, which then cannot tell how far",
+        {**ROTATION, "augment": {"quarter_turns": True}},
+        {**ROTATION, "augment": {"flip": True}},
+    ),
     (
         "'finetune' is a continual method: it goes into [continual], not [method]",
         {"method": {"name": "finetune"}},
@@ -34,6 +43,16 @@ CASES: list[tuple[str, Parts, Parts]] = [
         "data.tile = (64, 64) cuts images with their masks, and the task 'classification' has no masks",
         {"data": {"tile": [64, 64]}},
         {**SEGMENTATION, "data": {"tile": [64, 64]}},
+    ),
+    (
+        "model 'gpt' cannot take what [data] describes, image of shape (1, 8, 8)",
+        {"model": {"name": "gpt"}},
+        {"model": {"name": "gpt"}, "data": {"shape": [8], "tokenizer": "bytes"}},
+    ),
+    (
+        "[[stages]] are trainings one after another, and so are the tasks of a stream",
+        {"time": "continual", "stream": {"tasks": 2}, "stages": [{"name": "one"}]},
+        {"stages": [{"name": "one"}]},
     ),
     (
         "train.optimizer = 'adamw' rescales them",
@@ -91,7 +110,7 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {"simulation": {"partition": "blocks"}, **SEGMENTATION},
     ),
     (
-        "[augment] changes images, and data.shape = (2,) is a row of features",
+        "[augment] changes images, and [data] describes features of shape (2,)",
         {"augment": {"flip": True}, **FEATURES},
         {"augment": {"flip": False}, **FEATURES},
     ),
@@ -106,9 +125,44 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {"train": {"clip": 1.0}},
     ),
     (
+        "method 'lloyd' moves the centroids of the model 'kmeans', and 'mlp' has none",
+        {"method": {"name": "lloyd"}},
+        LLOYD,
+    ),
+    (
+        "method 'pca' finds the components of the model 'pca', and 'kmeans' has none",
+        {**KMEANS, "method": {"name": "pca"}},
+        {**PCA, "method": {"name": "pca"}},
+    ),
+    (
+        "data.shape = (3, 64, 64) has more than 4096 of them",
+        {**PCA, "method": {"name": "pca"}, "data": {"shape": [3, 64, 64]}},
+        {**PCA, "method": {"name": "fedavg"}, "data": {"shape": [3, 64, 64]}},
+    ),
+    (
+        "method 'lloyd' solves for the data at hand and makes no training step that a continual method could change",
+        {**LLOYD, "time": "continual", "stream": {"tasks": 2}},
+        {**KMEANS, "time": "continual", "stream": {"tasks": 2}},
+    ),
+    (
+        "method 'lloyd' sums the examples as they are, and [augment] would change nothing",
+        {**LLOYD, "augment": {"flip": True}},
+        {**KMEANS, "augment": {"flip": True}},
+    ),
+    (
+        "method 'pca' solves for the whole model, and [share] would keep a part of it back",
+        {**PCA, "method": {"name": "pca"}, "share": {"base": ["mean"]}},
+        {**PCA, "share": {"base": ["mean"]}},
+    ),
+    (
         "isolated sites never aggregate, so method 'scaffold' would do nothing there",
         {"place": "isolated", **SCAFFOLD},
         {"place": "isolated", "method": {"name": "fedavg"}},
+    ),
+    (
+        "isolated sites never aggregate, so method 'fedprox' would do nothing there",
+        {**KMEANS, "place": "isolated", "method": {"name": "fedprox"}},
+        {**LLOYD, "place": "isolated"},  # a closed form is how that model is found, at one site too
     ),
 ]
 

@@ -195,12 +195,15 @@ def test_the_hash_never_changes_by_accident() -> None:
     job = Job.resolve(data)
     assert job.canonical == (
         '{"augment":{"brightness":0.0,"contrast":0.0,"crop":0,"flip":false,"flip_vertical":false,'
-        '"quarter_turns":false,"rotate":0.0,"scale":0.0},"continual":{"name":"finetune"},"data":{"features":[],'
+        '"quarter_turns":false,"rotate":0.0,"scale":0.0},"continual":{"name":"finetune"},"data":{"captions":1,'
+        '"cut":"lines","features":[],'
         '"mean":[0.5],"missing":"drop","normalise_by":"job","parts":"hash","proposals":300,"resize":"stretch",'
-        '"shape":[1,2,2],"std":[0.5],"target":"label","tile":[]},"federation":{"fraction":1.0,"max_update_norm":1000000.0,'
+        '"shape":[1,2,2],"std":[0.5],"stride":0,"target":"label","text":["text"],"text_length":64,"tile":[],'
+        '"tokenizer":"","train_share":1.0},"federation":{"fraction":1.0,"max_update_norm":1000000.0,'
         '"min_sites":1,"round_timeout":3600.0,"rounds":10,"select":"last","wait":86400.0},'
+        '"lora":{"alpha":16.0,"rank":0,"targets":[]},'
         '"method":{"name":"fedavg","weighting":"examples"},"model":{"name":"logistic","size":"tiny"},'
-        '"name":"pinned","place":"federated","seed":0,"share":{"base":[],"personal":[]},"stream":{"tasks":5},'
+        '"name":"pinned","place":"federated","seed":0,"share":{"base":[],"personal":[]},"stages":[],"stream":{"tasks":5},'
         '"task":{"aliases":{},"class_weights":[],"headline":null,"label_smoothing":0.0,"labels":["a","b"],'
         '"name":"classification"},"time":"offline","train":{"accumulate":1,"batch_size":32,"clip":0.0,'
         '"deterministic":true,"epochs":1.0,"lr":0.05,"momentum":0.0,"optimizer":"sgd","precision":"fp32",'

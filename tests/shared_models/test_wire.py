@@ -307,7 +307,7 @@ def test_a_job_that_cannot_be_is_its_own_error(make_job: MakeJob) -> None:
     manifest, blob = encode_instruction(Instruction("probe", "r", "s", make_job(), fingerprint=""))
     head = json.loads(manifest)
     assert decode_instruction(*forged(manifest, blob)).kind == "probe"
-    jobs: list[dict[str, Any]] = [{"future": 1}, {"train": {"lr": -1}}, {"model": {"name": "gpt"}}, {"name": "../x"}]
+    jobs: list[dict[str, Any]] = [{"future": 1}, {"train": {"lr": -1}}, {"model": {"name": "future"}}, {"name": "../x"}]
     for job in jobs:
         with pytest.raises(ConfigError, match=r"the server's job|unknown model"):
             decode_instruction(*forged(manifest, blob, job={**head["job"], **job}))

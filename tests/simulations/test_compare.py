@@ -70,7 +70,7 @@ def test_isolated_sites_are_each_trained_alone(job: Job, sites: SitePopulation) 
 
     class Only(SitePopulation):
         def __init__(self, name: str) -> None:
-            self.store, self.partition, self._splits = sites.store, sites.partition, {}
+            super().__init__(sites.store, sites.partition)
             self.names = [name]
 
     for name in sites.names:
@@ -133,8 +133,10 @@ def test_the_run_of_real_nodes_reports_itself(job: Job, sites: SitePopulation, t
     outcome = Coordinator(job, engine, "run", folder=tmp_path).run()
     (tmp_path / "result.json").write_text(json.dumps(outcome.document()))
     (tmp_path / "job.toml").write_text(job.to_toml())
-    cell = results.of_run(tmp_path).cells[0]
+    found = results.of_run(tmp_path)
+    cell = found.cells[0]
     same = run_one(job, sites, tmp_path / "again", "")
+    assert (found.metric, found.measures) == (same.metric, same.measures)
     assert (cell.all_sites, cell.own_site, cell.per_site) == (
         same.cells[0].all_sites,
         same.cells[0].own_site,

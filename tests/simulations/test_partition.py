@@ -237,3 +237,45 @@ def test_tiles_of_one_image_stay_together(kind: str, parts: str) -> None:
     if parts == "blocks":
         for site in population.names:
             assert [len({n for n, p in place.items() if p == {(site, q)}}) for q in PARTS] == [6, 2, 2]
+
+
+# ---- tests that all sites share --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "blocks"])
+def test_a_shared_test_is_everybodys_and_nothing_else_is_shared(kind: str) -> None:
+    partition = make_partition(pool(), part(partition=kind, sites=4))
+    own, shared = SitePopulation(pool(), partition), SitePopulation(pool(), partition, test="shared")
+    every = sorted(row for name in own.names for row in own.splits(name).test.rows.tolist())
+    assert len(every) > 2 * max(len(own.splits(name).test) for name in own.names)
+    for name in own.names:
+        assert shared.splits(name).test.rows.tolist() == every
+        for which in ("train", "validation"):
+            assert torch.equal(getattr(shared.splits(name), which).rows, getattr(own.splits(name), which).rows)
+        held = torch.cat([shared.splits(name).train.rows, shared.splits(name).validation.rows])
+        assert not torch.isin(held, shared.splits(name).test.rows).any()
+    assert shared.sizes()["site-1"]["test"] == len(every)
+
+
+def test_what_is_pooled_has_a_shared_test_once() -> None:
+    partition = make_partition(pool(), part(partition="iid", sites=4))
+    own, shared = (SitePopulation(pool(), partition, test=test).pooled() for test in ("own", "shared"))
+    assert all(torch.equal(getattr(own, name).rows, getattr(shared, name).rows) for name in PARTS)
+
+
+def test_alternatives_stay_together_and_are_tested_once() -> None:
+    """30 images with three captions each: a site's training examples come in threes, the shared test once an image."""
+    images = [f"{i:02d}" for i in range(30) for _ in range(3)]
+    store = Store(
+        torch.zeros(90, 1, 1, 1, dtype=torch.uint8), torch.zeros(90, dtype=torch.int64),
+        [f"{name}#{i % 3}" for i, name in enumerate(images)], DataPart(shape=(1, 1, 1)),
+        groups=images, alternatives=True,
+    )  # fmt: skip
+    sites = SitePopulation(store, make_partition(store, part(partition="iid", sites=2)), test="shared")
+    tested = [images[row] for row in sites.splits("site-1").test.rows.tolist()]
+    assert tested == sorted(name for name in set(images) if part_of(name) == "test")
+    homes: dict[str, set[str]] = {}
+    for site in sites.names:
+        trained = [images[row] for row in sites.splits(site).train.rows.tolist()]
+        assert all(trained.count(name) == 3 for name in trained)
+        for name in trained:
+            homes.setdefault(name, set()).add(site)
+    assert all(len(home) == 1 for home in homes.values())

@@ -1,0 +1,140 @@
+"""Stages: what is carried from one to the next, what it costs, and that a crash changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from client.readers.base import Examples, Splits, Store
+from client.state import DiskState
+from client.workbench import Benches
+from server.chain import run_stages, stage_folder, stage_run
+from server.coordinator import Coordinator, Outcome
+from shared_models.errors import ConfigError
+from shared_models.job import DataPart, Job
+from shared_models.spec import build_model
+from shared_models.wire import decode_instruction, encode_instruction
+from simulations.engines.inprocess import InProcess
+
+LABELS = ["a", "b", "c"]
+PROBE = {
+    "name": "probe", "share": {"base": ["!@head"]}, "federation": {"rounds": 1}, "train": {"lr": 0.5},
+}  # fmt: skip
+
+
+def a_job(*stages: dict[str, Any], **parts: Any) -> Job:
+    base: dict[str, Any] = {
+        "name": "chain",
+        "model": {"name": "cnn"},
+        "task": {"labels": LABELS},
+        "data": {"shape": [1, 8, 8]},
+        "train": {"lr": 0.1, "batch_size": 8},
+        "federation": {"rounds": 2, "min_sites": 2},
+        "stages": list(stages),
+    }
+    return Job.resolve({**base, **parts})
+
+
+def a_site(name: str) -> Splits:
+    source = torch.Generator().manual_seed(ord(name))
+    x = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8, generator=source)
+    store = Store(x, torch.arange(24) % 3, [str(i) for i in range(24)], DataPart(shape=(1, 8, 8)))
+    return Splits(*(Examples(store, torch.arange(24)) for _ in range(3)))
+
+
+def carry_out(job: Job, folder: Path | None = None, fail_after: int = 99) -> tuple[Outcome, list[Coordinator]]:
+    """Over two sites; with a folder their state and the checkpoints are on disk."""
+    made: list[Coordinator] = []
+    states = (lambda name: DiskState(folder / "sites", name)) if folder else None
+
+    def make(step: Job, start: Mapping[str, Tensor]) -> Coordinator:
+        if len(made) >= fail_after:
+            raise KeyboardInterrupt
+        engine = InProcess(["a", "b"], a_site, Benches(torch.device("cpu")), states)
+        path = stage_folder(folder / "run", step) if folder else None
+        made.append(Coordinator(step, engine, stage_run("run", step), folder=path, start=start))
+        return made[-1]
+
+    return run_stages(job, make), made
+
+
+def test_a_probe_trains_the_head_on_what_the_stage_before_learned() -> None:
+    outcome, (first, second) = carry_out(a_job({"name": "pretext"}, PROBE))
+    learned, _ = carry_out(a_job())
+    body = [name for name in learned.model if not name.startswith("head.")]
+    assert body
+    for name in body:  # as the first stage left it, bit for bit, and it was not sent again
+        assert torch.equal(outcome.model[name], learned.model[name])
+    assert set(second.spec.sent) == {"head.weight", "head.bias"}
+    assert not torch.equal(outcome.model["head.weight"], learned.model["head.weight"])
+    assert outcome.stages == {"pretext": learned.all_sites}
+    totals = [c.progress.totals for c in (first, second)]
+    assert outcome.totals.samples == sum(t.samples for t in totals) == 2 * 48 + 48
+    assert outcome.totals.bytes_up == sum(t.bytes_up for t in totals)
+
+
+@pytest.mark.parametrize("labels", [LABELS, ["x", "y", "z"]])
+def test_a_head_is_carried_where_the_task_is_the_same(labels: list[str]) -> None:
+    job = a_job({"name": "one"}, {"name": "two", "task": {"labels": labels}})
+    _, (first, second) = carry_out(job)
+    start = build_model(job.steps[1])[0].state_dict()["head.weight"]
+    seen = Coordinator(
+        job.steps[1], second.executor, "again",
+        start={n: t for n, t in first.state["model"].items() if labels == LABELS or not n.startswith("head.")},
+    ).state["model"]["head.weight"]  # fmt: skip
+    assert torch.equal(seen, first.state["model"]["head.weight"] if labels == LABELS else start)
+
+
+def test_the_same_bits_on_disk_and_after_a_crash_between_stages(tmp_path: Path) -> None:
+    job = a_job({"name": "pretext"}, PROBE)
+    expected, _ = carry_out(job)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(job, tmp_path, fail_after=1)
+    resumed, (first, _) = carry_out(job, tmp_path)
+    assert first.progress.round == 2
+    assert resumed.model.keys() == expected.model.keys()
+    assert all(torch.equal(resumed.model[n], t) for n, t in expected.model.items())
+    assert resumed.totals.samples == expected.totals.samples
+    assert (tmp_path / "run" / "stages" / "pretext" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_what_a_site_approves_is_the_whole_job() -> None:
+    job = a_job({"name": "pretext"}, PROBE)
+    other = a_job({"name": "pretext"}, {**PROBE, "train": {"lr": 0.4}})
+    assert len({job.hash, other.hash, a_job().hash, job.steps[1].hash}) == 4
+    assert job.steps[0].hash == a_job().hash  # a first stage without changes is the plain job
+    assert [step.whole.hash for step in job.steps] == [job.hash] * 2
+    assert Job.resolve(job.model_dump(mode="json")).hash == job.hash
+    _, made = carry_out(job)
+    instruction = made[1]._probe("a")
+    back = decode_instruction(*encode_instruction(instruction))
+    assert (back.job.whole.hash, back.job.hash, back.job.stage) == (job.hash, job.steps[1].hash, 1)
+    assert back.groups["start"].keys() == set(made[1].spec.kept)
+
+
+def test_the_written_job_keeps_its_stages(tmp_path: Path) -> None:
+    job = a_job({"name": "pretext"}, PROBE)
+    (tmp_path / "job.toml").write_text(job.to_toml(), encoding="utf-8")
+    assert Job.load(tmp_path / "job.toml").hash == job.hash
+    changed = Job.load(tmp_path / "job.toml", ["stages.probe.train.lr=0.25"])
+    assert [step.train.lr for step in changed.steps] == [0.1, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("stages", "parts", "message"),
+    [
+        ([PROBE, PROBE], {}, "two stages are called 'probe'"),
+        ([{"name": "a", "seed": {}}], {}, "a stage cannot change 'seed'"),
+        ([{"name": "a", "train": {"lrr": 1}}], {}, "stage 'a': .*lrr"),
+        ([PROBE], {"time": "continual", "stream": {"tasks": 2}}, "use one of the two"),
+    ],
+)
+def test_stages_that_cannot_be(stages: list[dict[str, Any]], parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        a_job(*stages, **parts)

@@ -1,0 +1,118 @@
+"""Adapters: what is trained and sent, and that a federation averages the product and not its factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from client.readers.base import Examples, Splits, Store
+from client.workbench import Benches
+from server.coordinator import Coordinator
+from shared_models.errors import ConfigError
+from shared_models.job import DataPart, Job
+from shared_models.lora import Adapted, adapt
+from shared_models.spec import build_model
+from simulations.engines.inprocess import InProcess
+
+DATA = DataPart(shape=(1, 8, 8))
+
+
+def a_job(**parts: Any) -> Job:
+    base: dict[str, Any] = {
+        "name": "lora",
+        "model": {"name": "vit", "layers": 1},
+        "task": {"labels": ["a", "b", "c"]},
+        "data": {"shape": [1, 8, 8]},
+        "lora": {"rank": 2, "alpha": 4.0},
+        "train": {"lr": 0.1, "batch_size": 8},
+        "federation": {"rounds": 2, "min_sites": 2},
+    }
+    return Job.resolve({**base, **parts})
+
+
+def a_site(seed: int, count: int) -> Splits:
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=source)
+    y = torch.randint(0, 3, (count,), generator=source)
+    store = Store(x, y, [str(i) for i in range(count)], DATA)
+    return Splits(*(Examples(store, torch.arange(count)) for _ in range(3)))
+
+
+def product(model: dict[str, Tensor], layer: str, job: Job) -> Tensor:
+    """What the adapter of a layer adds to its weight."""
+    adapted = build_model(job)[0].get_submodule(layer)
+    assert isinstance(adapted, Adapted)
+    return adapted.factor * model[f"{layer}.lora_b.weight"] @ adapted.lora_a.weight.detach()
+
+
+def test_at_the_start_nothing_is_added() -> None:
+    plain, _ = build_model(a_job(lora={"rank": 0}))
+    adapted, _ = build_model(a_job())
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(plain(x), adapted(x))
+    assert plain.state_dict().keys() < adapted.state_dict().keys()
+    assert all(torch.equal(v, adapted.state_dict()[k]) for k, v in plain.state_dict().items())
+
+
+def test_only_the_second_factor_and_the_head_cross_the_network() -> None:
+    _, spec = build_model(a_job())
+    assert set(spec.sent) == set(spec.trained)
+    assert {name.rpartition("lora_b")[1] or name for name in spec.sent} == {"lora_b", "head.weight", "head.bias"}
+    fixed = {e.key: e for e in spec.entries if e.share == "base"}
+    assert all(fixed[name].digest for name in fixed)
+    assert any(name.endswith("lora_a.weight") for name in fixed)
+
+
+def test_the_mean_of_the_sites_is_the_mean_of_their_products() -> None:
+    """One round of a federation of two unequal sites against each site's round alone (hand-weighted)."""
+    job = a_job(federation={"rounds": 1, "min_sites": 1})
+    sites = {"a": a_site(1, 12), "b": a_site(2, 36)}
+
+    def trained(*names: str) -> dict[str, Tensor]:
+        engine = InProcess(names, sites.__getitem__, Benches(torch.device("cpu")))
+        return {n: t.clone() for n, t in Coordinator(job, engine, "run").run().model.items()}
+
+    both, alone = trained("a", "b"), {name: trained(name) for name in sites}
+    for layer in ("blocks.0.attention.qkv", "blocks.0.hidden"):
+        exact = 0.25 * product(alone["a"], layer, job) + 0.75 * product(alone["b"], layer, job)
+        assert exact.abs().max() > 1e-4
+        assert torch.allclose(product(both, layer, job), exact, atol=1e-7)
+
+
+def test_the_frozen_weights_do_not_move() -> None:
+    job = a_job()
+    engine = InProcess(["a", "b"], lambda name: a_site(len(name), 16), Benches(torch.device("cpu")))
+    outcome = Coordinator(job, engine, "run").run()
+    _, spec = build_model(job)
+    assert outcome.model.keys() == set(spec.sent)
+    assert outcome.totals.bytes_up < 2 * 2 * 4 * sum(p.numel() for p in build_model(job)[0].parameters()) / 2
+
+
+def test_the_same_as_peft() -> None:
+    """peft's layer with the same factors gives the same outputs and gradients."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    ours, theirs = nn.Sequential(nn.Linear(6, 4)), nn.Sequential(nn.Linear(6, 4))
+    theirs.load_state_dict(ours.state_dict())
+    adapt(ours, 2, 4.0, (), ())
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=4.0, target_modules=["0"]), theirs)
+    layer = theirs[0]
+    layer.lora_A["default"].weight.data.copy_(ours[0].lora_a.weight)
+    x = torch.randn(5, 6)
+    for adapted, b in ((ours, ours[0].lora_b), (theirs, layer.lora_B["default"])):
+        b.weight.data.fill_(0.3)
+        adapted(x).square().sum().backward()
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+    assert torch.allclose(ours[0].lora_b.weight.grad, layer.lora_B["default"].weight.grad, atol=1e-5)
+
+
+def test_targets() -> None:
+    model, _ = build_model(a_job(lora={"rank": 2, "targets": ["*.qkv"]}))
+    assert [n for n, m in model.named_modules() if isinstance(m, Adapted)] == ["blocks.0.attention.qkv"]
+    with pytest.raises(ConfigError, match=r"lora\.targets: no linear layer is called '\*\.query'"):
+        build_model(a_job(lora={"rank": 2, "targets": ["*.query"]}))
+    with pytest.raises(ConfigError, match="no linear layer for an adapter"):
+        build_model(a_job(model={"name": "logistic"}))
