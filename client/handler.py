@@ -74,7 +74,7 @@ class Handler:
     def _answer(self, instruction: Instruction) -> Contribution:
         if instruction.site != self.site:
             raise FingerprintError(f"an instruction for '{instruction.site}' reached '{self.site}'", code="wrong-site")
-        if "start" in instruction.groups:
+        if instruction.kind == "probe" and instruction.job.stage and "start" in instruction.groups:
             self.state.keep_start(instruction.run, instruction.groups["start"])
         bench = self.benches(instruction.job, self.state.start(instruction.run))
         if instruction.kind == "probe":

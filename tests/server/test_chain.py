@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from client.handler import Handler
+from client.policy import Policy
 from client.readers.base import Examples, Splits, Store
-from client.state import DiskState
-from client.workbench import Benches
+from client.state import DiskState, MemoryState
+from client.workbench import Benches, Workbench
 from server.chain import run_stages, stage_folder, stage_run
 from server.coordinator import Coordinator, Outcome
 from shared_models.errors import ConfigError
 from shared_models.job import DataPart, Job
+from shared_models.messages import Instruction
 from shared_models.spec import build_model
 from shared_models.wire import decode_instruction, encode_instruction
 from simulations.engines.inprocess import InProcess
@@ -116,6 +119,19 @@ def test_what_a_site_approves_is_the_whole_job() -> None:
     back = decode_instruction(*encode_instruction(instruction))
     assert (back.job.whole.hash, back.job.hash, back.job.stage) == (job.hash, job.steps[1].hash, 1)
     assert back.groups["start"].keys() == set(made[1].spec.kept)
+
+
+@pytest.mark.parametrize("kind", ["probe", "train"])
+def test_a_server_cannot_put_start_values_into_a_first_stage(kind: Literal["probe", "train"]) -> None:
+    """The base of a job without a stage before is what the job says, and a round brings none at all."""
+    job = a_job(share={"base": ["!@head"]})
+    bench = Workbench(job, torch.device("cpu"))
+    state = MemoryState()
+    site = Handler("a", lambda job: a_site("a"), state, Policy(approve_all=True), Benches(torch.device("cpu")))
+    groups = {"model": bench.sent(), "start": {n: torch.zeros_like(bench.entries[n]) for n in bench.spec.kept}}
+    asked = Instruction(kind, "run", "a", job, bench.spec.fingerprint, groups=groups, document=bench.spec.document)
+    assert (site.handle(asked).code == "ok") == (kind == "probe")
+    assert state.start("run") == {}
 
 
 def test_the_written_job_keeps_its_stages(tmp_path: Path) -> None:
