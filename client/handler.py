@@ -74,11 +74,10 @@ class Handler:
     def _answer(self, instruction: Instruction) -> Contribution:
         if instruction.site != self.site:
             raise FingerprintError(f"an instruction for '{instruction.site}' reached '{self.site}'", code="wrong-site")
-        if instruction.kind == "probe" and instruction.job.stage and "start" in instruction.groups:
-            self.state.keep_start(instruction.run, instruction.groups["start"])
-        bench = self.benches(instruction.job, self.state.start(instruction.run))
         if instruction.kind == "probe":
-            return self._probe(instruction, bench)
+            return self._probe(instruction)
+        stage = instruction.job.stage
+        bench = self.benches(instruction.job, self.state.start(instruction.run, stage) if stage else {})
         if bench.spec.fingerprint != instruction.fingerprint:
             raise FingerprintError("the server's model is not the one this node would train")
         splits = self.data(instruction.job)
@@ -109,13 +108,22 @@ class Handler:
                 return self._end_task(instruction, bench, examples, kept)
             return self._train(instruction, bench, examples, kept, metrics)
 
-    def _probe(self, instruction: Instruction, bench: Workbench) -> Contribution:
-        """Would this node train that model, and can it read its data? Its own document goes up for comparison."""
+    def _probe(self, instruction: Instruction) -> Contribution:
+        """Would this node train that model, and can it read its data? Its own document goes up for comparison.
+
+        What an earlier stage left, of entries that no round sends, is kept where it is exactly that.
+        """
+        start = instruction.groups.get("start", {}) if instruction.job.stage else {}
+        bench = self.benches(instruction.job, start)
         try:
+            if not start.keys() <= set(bench.spec.kept):
+                raise FingerprintError("the server's start values are not only of entries that stay at a node")
             require_same(bench.spec, dict(instruction.document), "the server")
         except FingerprintError as error:
             log.error("%s", error)
             return self._reply(instruction, code=error.code, document=bench.spec.document)
+        if start:
+            self.state.keep_start(instruction.run, instruction.job.stage, start)
         examples = len(self.data(instruction.job).train)
         return self._reply(instruction, document=bench.spec.document, examples=examples)
 

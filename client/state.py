@@ -38,10 +38,10 @@ class State(Protocol):
     def save(self, instruction: Instruction, kept: dict[str, Groups], answer: Contribution) -> None:
         """Remember, all or nothing."""
 
-    def start(self, run: str) -> Mapping[str, torch.Tensor]:
+    def start(self, run: str, stage: int) -> Mapping[str, torch.Tensor]:
         """What an earlier stage left, of entries that no round sends; empty in a first stage."""
 
-    def keep_start(self, run: str, values: Mapping[str, torch.Tensor]) -> None:
+    def keep_start(self, run: str, stage: int, values: Mapping[str, torch.Tensor]) -> None:
         """Remember that."""
 
 
@@ -50,15 +50,15 @@ class MemoryState:
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[str, Groups]] = {}
-        self._start: dict[str, Mapping[str, torch.Tensor]] = {}
+        self._start: dict[tuple[str, int], Mapping[str, torch.Tensor]] = {}
 
-    def start(self, run: str) -> Mapping[str, torch.Tensor]:
+    def start(self, run: str, stage: int) -> Mapping[str, torch.Tensor]:
         """What was kept, or nothing."""
-        return self._start.get(run, {})
+        return self._start.get((run, stage), {})
 
-    def keep_start(self, run: str, values: Mapping[str, torch.Tensor]) -> None:
+    def keep_start(self, run: str, stage: int, values: Mapping[str, torch.Tensor]) -> None:
         """By reference: all sites of a process share it."""
-        self._start[run] = values
+        self._start[run, stage] = values
 
     def load(self, run: str) -> dict[str, Groups]:
         """What was saved, or nothing."""
@@ -92,9 +92,9 @@ class DiskState:
         self.root = root
         self.site = site
 
-    def start(self, run: str) -> Mapping[str, torch.Tensor]:
+    def start(self, run: str, stage: int) -> Mapping[str, torch.Tensor]:
         """What was kept, or nothing; raises as `load`."""
-        path = self._folder(run) / "start"
+        path = self._folder(run) / f"start-{stage}"
         try:
             return load(path.read_bytes())
         except FileNotFoundError:
@@ -102,11 +102,11 @@ class DiskState:
         except (OSError, SafetensorError) as error:
             raise DataError(f"the site's start values {path} cannot be read: {error}", hint="Restore them") from None
 
-    def keep_start(self, run: str, values: Mapping[str, torch.Tensor]) -> None:
+    def keep_start(self, run: str, stage: int, values: Mapping[str, torch.Tensor]) -> None:
         """One file of the run's folder; raises as `load`."""
         folder = self._folder(run)
         private_folder(folder)
-        write_whole(folder / "start", save({n: t.detach().contiguous().cpu() for n, t in values.items()}))
+        write_whole(folder / f"start-{stage}", save({n: t.detach().contiguous().cpu() for n, t in values.items()}))
 
     def load(self, run: str) -> dict[str, Groups]:
         """What was saved, or nothing.

@@ -123,7 +123,7 @@ class Coordinator:
         self.measure = self.task.measure(self.task.headline)
         model, self.spec = build_model(job, start=start)
         entries = model.state_dict()
-        self._left = {name: entries[name] for name in self.spec.kept} if start else {}
+        self._left = {name: entries[name] for name in self.spec.kept} if job.whole.stages else {}
         template = {name: entries[name].detach().clone() for name in self.spec.sent}
         self.state: Groups = self.method.init(template, self.spec.trained)
         self.statistics: Mapping[str, Tensor] = {}
@@ -360,14 +360,19 @@ class Coordinator:
         return Instruction(kind, self.run_id, "", self.job, self.spec.fingerprint, **fields)
 
     def _probe(self, site: str) -> Instruction:
-        groups = {"start": self._left} if self._left else {}
+        groups = {"start": self._left} if self._left and self.job.stage else {}
         return replace(self._instruction("probe", document=self.spec.document, groups=groups), site=site)
 
     def _checkpoint(self) -> None:
         if self.folder:
             extra = {"best": self.best_model, "statistics": self.statistics}
             groups = {**self.state, **{name: tensors for name, tensors in extra.items() if tensors}}
-            facts = {"job": self.job.hash, "run": self.run_id, "progress": asdict(self.progress)}
+            facts = {
+                "job": self.job.hash,
+                "run": self.run_id,
+                "fingerprint": self.spec.fingerprint,
+                "progress": asdict(self.progress),
+            }
             write_checkpoint(self.folder / "checkpoint", groups, facts)
 
     def _restore(self) -> None:
@@ -377,6 +382,11 @@ class Coordinator:
         groups, facts = found
         if facts["job"] != self.job.hash:
             raise RunError(f"the checkpoint in {self.folder} belongs to another job", hint="Start a new run")
+        if facts.get("fingerprint", self.spec.fingerprint) != self.spec.fingerprint:
+            raise RunError(
+                f"the checkpoint in {self.folder} goes on from other weights than the stage before has left now",
+                hint="Start a new run",
+            )
         self.best_model = groups.pop("best", {})
         self.statistics = groups.pop("statistics", {})
         self.state = groups

@@ -49,7 +49,7 @@ def _carry(run: RunFolder, server: ServerFolder, grid: Grid) -> None:
         executor = FlowerExecutor(grid, Roster(server.nodes), job.federation.round_timeout, events)
 
         def round_loop(step: Job, start: Mapping[str, Tensor]) -> Coordinator:
-            folder = stage_folder(run.path, step)
+            folder, executor.timeout = stage_folder(run.path, step), step.federation.round_timeout
             return Coordinator(step, executor, stage_run(run.id, step), folder=folder, events=events, start=start)
 
         outcome = run_stages(job, round_loop)

@@ -61,7 +61,8 @@ def submit_job(server_dir: Path, job: Job) -> RunFolder:
     from shared_models.spec import build_model
 
     with _control(server_dir) as control:
-        build_model(job)
+        for step in job.steps:
+            build_model(step)
         control.runs()
         folder = create_run(_runs(server_dir), job)
         lease(folder, control, server_dir)

@@ -59,12 +59,10 @@ class RunFolder:
         return self.path.name
 
     def checkpointed(self) -> int:
-        """The round that the checkpoint would go on with."""
-        try:
-            facts = json.loads((self.path / "checkpoint" / "state.json").read_text())
-        except FileNotFoundError:
-            return 0
-        return int(facts["progress"]["round"])
+        """The rounds that are done by the checkpoint, or by those of all stages."""
+        found = [self.path / "checkpoint", *(self.path / "stages").glob("*/checkpoint")]
+        states = [path / "state.json" for path in found if (path / "state.json").exists()]
+        return sum(int(json.loads(path.read_text())["progress"]["round"]) for path in states)
 
     def job(self) -> Job:
         """The resolved job."""

@@ -441,13 +441,15 @@ class Job(Part):
             raise ConfigError(f"{where}: two stages are called '{twice}'", hint="Rename one")
         steps, full = [], []
         for stage in self.stages:
+            own = {} if stage is self.stages[-1] else {"simulation": {"partition": "iid"}}  # the last one's is taken
             try:
-                step = self.replace(stages=[], **stage.changes)
+                step = self.replace(stages=[], **stage.changes, **own)
             except FedzooError as error:
                 raise ConfigError(f"{where}: stage '{stage.name}': {error.what}", hint=error.hint) from None
             written = step.model_dump(mode="json", exclude_none=True)
             full.append({"name": stage.name, **{table: written[table] for table in stage.changes}})
             steps.append(step)
+        _require_chain(steps, self.stages, where)
         whole = validate(Job, {**self.model_dump(), "stages": full}, where)
         for index, step in enumerate(steps):
             step.__dict__.update(whole=whole, stage=index)
@@ -510,8 +512,36 @@ class Job(Part):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
+def _require_chain(steps: Sequence[Job], stages: Sequence[Stage], where: str) -> None:
+    """Raise a ConfigError where a later stage would lose what an earlier one has."""
+    for step, stage in zip(steps, stages, strict=True):
+        if step.share.personal:
+            raise ConfigError(
+                f"{where}: stage '{stage.name}' has personal entries, and what a site keeps for itself is not carried "
+                "from stage to stage",
+                hint="Leave share.personal out",
+            )
+        if step.data.normalise_by == "sites":
+            raise ConfigError(
+                f"{where}: stage '{stage.name}' measures mean and deviation anew, and a later stage would see other "
+                "numbers than the one before was trained on",
+                hint="Give data.mean and data.std",
+            )
+    for (a, first), (b, second) in pairwise(zip(steps, stages, strict=True)):
+        if a.lora.rank and a.lora != b.lora:
+            raise ConfigError(
+                f"{where}: stage '{second.name}' has not the adapters of stage '{first.name}', and what these learned "
+                "would be lost",
+                hint="Give both the same [lora]",
+            )
+
+
 def _take_in_tokenizer(data: dict[str, Any], folder: Path) -> None:
     """Replace the name of a tokenizer file by its content, which is then hashed, approved and sent with the job."""
+    stages = data.get("stages")
+    for stage in stages if isinstance(stages, list) else ():
+        if isinstance(stage, dict):
+            _take_in_tokenizer(stage, folder)
     part = data.get("data")
     if not isinstance(part, dict):
         return
@@ -540,6 +570,8 @@ def _override(data: dict[str, Any], override: str) -> None:
     for name in keys[:-1]:
         if isinstance(table.get(name), list):  # stages, by their names
             table = {str(part.get("name")): part for part in table[name] if isinstance(part, dict)}
+            if keys[1] not in table:
+                raise ConfigError(f"--set {override!r}: no stage is called '{keys[1]}', there is {', '.join(table)}")
             continue
         table = table.setdefault(name, {})
         if not isinstance(table, dict):

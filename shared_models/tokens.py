@@ -89,7 +89,9 @@ class File(Tokenizer):
             ) from None
         try:
             self._own: Any = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library's Rust half raises nothing narrower
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library's Rust half raises nothing narrower
             raise ConfigError(f"data.tokenizer is no tokenizer's JSON: {error}") from None
         self._own.no_truncation()
         self._own.no_padding()

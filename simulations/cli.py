@@ -38,7 +38,7 @@ def demo(
 def simulate(job: JobFile, set: Set = None, out: Out = None, skip_bad: SkipBad = 0, as_json: Json = False) -> None:
     """Run one job as it stands, in this process, on simulated sites."""
     from shared_models.job import Job
-    from simulations.compare import load_sites, require_enough, run_one
+    from simulations.compare import count_rounds, load_sites, require_enough, run_one
     from simulations.progress import progress
 
     resolved = Job.load(job, set or ())
@@ -47,7 +47,7 @@ def simulate(job: JobFile, set: Set = None, out: Out = None, skip_bad: SkipBad =
     if resolved.place == "federated":
         require_enough(resolved, sites)
     folder = _folder(out, resolved.name)
-    rounds = resolved.federation.rounds * (len(sites.names) if resolved.place == "isolated" else 1)
+    rounds = count_rounds(resolved, sites, [(resolved.place, resolved.time)], 1)
     with progress(rounds, quiet=as_json) as listen:
         comparison = run_one(resolved, sites, folder, _command(), listen)
     _leave(comparison, folder, as_json)

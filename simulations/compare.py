@@ -169,7 +169,7 @@ def run_one(job: Job, sites: SitePopulation, folder: Path, command: str, listen:
     """One job as it stands, its traces in `folder` itself: the comparison of a single cell with itself."""
     name = f"{job.place}, {job.time}"
     listener = (lambda event: listen(name, job.seed, event)) if listen else None
-    alone = job if job.place == "federated" else job.replace(federation={"min_sites": 1})  # as in `variant`
+    alone = job if job.place == "federated" else variant(job, job.place, job.time, job.seed)
     setting = Setting(alone, sites, Benches(), run=folder.name, folder=folder, listener=listener)
     result = _with_figures(places[job.place](setting), job)
     cell = _cell(job.place, job.time, [result], None)
@@ -234,9 +234,10 @@ def load_sites(job: Job, base: Path, skip_bad: int = 0) -> SitePopulation:
 
 def require_enough(job: Job, sites: SitePopulation) -> None:
     """Raise a ConfigError where the federation has fewer sites than `federation.min_sites`: it would never start."""
-    if len(sites.names) < job.federation.min_sites:
+    need = max(step.federation.min_sites for step in job.steps)
+    if len(sites.names) < need:
         raise ConfigError(
-            f"federation.min_sites = {job.federation.min_sites}, but the simulation has {len(sites.names)} sites",
+            f"federation.min_sites = {need}, but the simulation has {len(sites.names)} sites",
             hint="Lower federation.min_sites or raise simulation.sites",
         )
 

@@ -169,7 +169,8 @@ def centralized(setting: Setting) -> Result:
 
     outcome = setting.carry_out([POOLED], budget=budget)
     totals = outcome.totals
-    totals.bytes_up, totals.bytes_down = setting.sites.pooled().train.nbytes, 0
+    held = (setting.sites.at(step.stage).pooled().train.nbytes for step in setting.job.steps)
+    totals.bytes_up, totals.bytes_down = max(held), 0
     return _one_model(setting, outcome, totals)
 
 

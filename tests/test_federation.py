@@ -60,6 +60,13 @@ FEDAVG = make_job(name="fedavg")
 SCAFFOLD = make_job(name="scaffold", method={"name": "scaffold"})
 KILLED = make_job(name="killed", method={"name": "scaffold"}, federation={"rounds": 6})
 FAILING = make_job(name="failing", task={"labels": [str(c) for c in range(9)]}, federation={"wait": 4})
+STAGED = make_job(
+    name="staged", model={"name": "cnn"}, federation={"rounds": 2},
+    stages=[
+        {"name": "pretext", "task": {"name": "rotation"}},
+        {"name": "probe", "share": {"base": ["!@head"]}, "train": {"lr": 0.2}},
+    ],
+)  # fmt: skip
 LATER = make_job(name="later", federation={"rounds": 1})
 UNAPPROVED = make_job(name="unapproved", federation={"wait": 4})
 REVOKED = make_job(name="revoked", federation={"rounds": 12, "min_sites": 1})
@@ -101,7 +108,9 @@ class Federation:
         return [event for event, _ in read_events(run.path / "events.jsonl")]
 
     def simulated(self, job: Job) -> dict[str, torch.Tensor]:
-        result = paradigms["federated"](Setting(job, self.sites, Benches(torch.device("cpu"))))
+        sites = load_sites(job, self.root)
+        assert sites.partition.hash == self.sites.partition.hash
+        result = paradigms["federated"](Setting(job, sites, Benches(torch.device("cpu"))))
         return dict(result.models["model"])
 
 
@@ -133,9 +142,15 @@ def running(
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     root = tmp_path_factory.mktemp("federation")
-    approved = [FEDAVG, SCAFFOLD, KILLED, FAILING, REVOKED]
+    approved = [FEDAVG, SCAFFOLD, STAGED, KILLED, FAILING, REVOKED]
     with running(root, load_sites(FEDAVG, root), write_hospital, "imagefolder", approved) as found:
-        for job in (FEDAVG, SCAFFOLD, UNAPPROVED, FAILING):  # side by side: most of a small run is starting and waiting
+        for job in (
+            FEDAVG,
+            SCAFFOLD,
+            STAGED,
+            UNAPPROVED,
+            FAILING,
+        ):  # side by side: most of a small run is starting and waiting
             found.submit(job)
         yield found
 
@@ -176,6 +191,17 @@ def test_real_nodes_give_the_bits_of_the_simulator(federation: Federation, job: 
     assert [e["sites"] for e in events if e["event"] == "round"] == [list(federation.sites.names)] * 3
     assert same_bits(run, federation.simulated(job))
     assert not same_bits(run, federation.simulated(job.replace(seed=1)))
+
+
+def test_real_nodes_carry_out_stages(federation: Federation) -> None:
+    """A pretext task on images without labels, then a probe, whose frozen part reaches the nodes as it was left."""
+    run = federation.submit(STAGED)
+    events = federation.finish(run)
+    assert run.status().state == "done", run.status()
+    assert [e["round"] for e in events if e["event"] == "round"] == [0, 1, 0, 1]
+    expected = federation.simulated(STAGED)
+    assert {"head.weight", "conv1.weight"} <= expected.keys()
+    assert same_bits(run, expected)
 
 
 def test_real_nodes_segment_as_the_simulator_does(tmp_path: Path) -> None:

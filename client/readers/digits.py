@@ -22,16 +22,16 @@ class Digits(Reader):
     needs_root = False
 
     def read(self, root: Path, wanted: Wanted) -> Store:
-        """Samples in the order of label list and index; labels must be the ten digits, or aliases of them."""
+        """Samples in the order of label list (of digits where none is wanted) and index; labels are the ten digits."""
         known = wanted.target == "class"
-        index = [wanted.index(str(digit), f"digit {digit}") if known else 0 for digit in range(10)]
+        index = [wanted.index(str(digit), f"digit {digit}") if known else digit for digit in range(10)]
         pixels, target = _load()
         grey = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         classes = [index[d] for d in target]
         order = sorted(range(len(grey)), key=lambda i: (classes[i], i))
         return Store(
             x=torch.stack([to_tensor(Image.fromarray(grey[i]), wanted.data) for i in order]),
-            y=torch.tensor([classes[i] for i in order]),
+            y=torch.tensor([classes[i] if known else 0 for i in order]),
             names=[f"{i:05d}.png" for i in order],
             data=wanted.data,
         )

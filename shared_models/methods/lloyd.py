@@ -12,9 +12,9 @@ is Lloyd's step on the pooled data. A cluster without examples keeps its centroi
 
 No example leaves a site as a centroid. The first round therefore puts each example into a cluster at random (Hamerly &
 Elkan 2002, "random partition"), which needs sums alone, where k-means++ would choose examples. What sums do give away:
-a cluster with few examples at a site says much about each, so a cluster with less than `fewest` of them says nothing
-(and the step is exact only with `fewest = 1`); and the sums of two rounds differ by the examples that went from one
-cluster to another. Against a server that would look at that, `fewest` is no protection.
+a cluster with few examples at a site says much about each, so clusters that hold less than `fewest` of them, also
+together, say nothing (and the step is exact only with `fewest = 1`); and the sums of two rounds differ by the examples
+that went from one cluster to another. Against a server that would look at that, `fewest` is no protection.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Lloyd(Method):
             moves = moves + inside.T @ (batch.x.flatten(1).double() - centroids[cluster])
             members = members + inside.sum(dim=0)
             examples += len(batch)
-        told = (members >= self.settings.fewest) / examples  # (K,): 1 / n, or 0
+        told = told_of(members, self.settings.fewest) / examples  # (K,): 1 / n, or 0
         return {**down, "sums": {"moves": (told[:, None] * moves).float(), "shares": (told * members).float()}}
 
     def finish(self, state: Groups, mean: Groups, cohort: int, population: int) -> Groups:
@@ -88,3 +88,17 @@ class Lloyd(Method):
         centroids, shares = state["model"]["centroids"], mean["sums"]["shares"][:, None]
         moved: Tensor = torch.where(shares > 0, centroids + mean["sums"]["moves"] / shares, centroids)
         return {**state, "model": {"centroids": moved}, "partition": {"first": torch.tensor(0.0)}}
+
+
+def told_of(members: Tensor, fewest: int) -> Tensor:
+    """(K,) bool: which clusters' sums are told.
+
+    Those with fewer members are held back, and with them the next larger ones until together they have as many or none:
+    else the site's total, known from the round in which all are told, less what is told would be the sum of too few.
+    """
+    told = members >= fewest
+    for k in members.argsort().tolist():
+        if not 0 < float(members[~told].sum()) < fewest:
+            break
+        told[k] = False
+    return told

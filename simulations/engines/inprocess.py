@@ -37,7 +37,7 @@ class InProcess:
         self.splits = splits
         self.benches = benches or Benches()
         self._make_state = states or (lambda name: MemoryState())
-        self._left: tuple[str, Mapping[str, Tensor]] = ("", {})
+        self._left: tuple[str, int, Mapping[str, Tensor]] = ("", 0, {})
         self._states: dict[str, State] = {}
         self._policy = Policy(approve_all=True)
 
@@ -47,7 +47,7 @@ class InProcess:
         What an earlier stage left is the same for all sites, and lies in memory once.
         """
         asked = probe("")
-        self._left = (asked.run, asked.groups.get("start", {}))
+        self._left = (asked.run, asked.job.stage, asked.groups.get("start", {}))
         for state in self._states.values():
             state.keep_start(*self._left)
 
@@ -69,6 +69,6 @@ class InProcess:
         """The site's entry; what it remembers lives as long as this engine."""
         if site not in self._states:
             self._states[site] = self._make_state(site)
-            if self._left[1]:
+            if self._left[2]:
                 self._states[site].keep_start(*self._left)
         return Handler(site, lambda job: self.splits(site), self._states[site], self._policy, self.benches, check=False)

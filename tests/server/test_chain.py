@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from server.coordinator import Coordinator, Outcome
 from shared_models.errors import ConfigError
 from shared_models.job import DataPart, Job
 from shared_models.messages import Instruction
-from shared_models.spec import build_model
+from shared_models.spec import build_model, carried
 from shared_models.wire import decode_instruction, encode_instruction
 from simulations.engines.inprocess import InProcess
 
@@ -83,14 +84,22 @@ def test_a_probe_trains_the_head_on_what_the_stage_before_learned() -> None:
 
 @pytest.mark.parametrize("labels", [LABELS, ["x", "y", "z"]])
 def test_a_head_is_carried_where_the_task_is_the_same(labels: list[str]) -> None:
-    job = a_job({"name": "one"}, {"name": "two", "task": {"labels": labels}})
-    _, (first, second) = carry_out(job)
-    start = build_model(job.steps[1])[0].state_dict()["head.weight"]
-    seen = Coordinator(
-        job.steps[1], second.executor, "again",
-        start={n: t for n, t in first.state["model"].items() if labels == LABELS or not n.startswith("head.")},
-    ).state["model"]["head.weight"]  # fmt: skip
-    assert torch.equal(seen, first.state["model"]["head.weight"] if labels == LABELS else start)
+    one, two = a_job({"name": "one"}, {"name": "two", "task": {"labels": labels}}).steps
+    model = {name: torch.full_like(value, 7.0) for name, value in build_model(one)[0].state_dict().items()}
+    left = carried(one, two, model)
+    body = {name for name in model if not name.startswith("head.")}
+    assert left.keys() == (set(model) if labels == LABELS else body)
+    second = Coordinator(two, InProcess(["a", "b"], a_site), "run", start=left)
+    fresh = build_model(two)[0].state_dict()["head.weight"]
+    assert torch.equal(second.state["model"]["conv1.weight"], model["conv1.weight"])
+    assert torch.equal(second.state["model"]["head.weight"], model["head.weight"] if labels == LABELS else fresh)
+
+
+def test_entries_of_another_shape_are_not_carried() -> None:
+    one, two = a_job({"name": "one"}, {"name": "two", "model": {"name": "cnn", "hidden": [5]}}).steps
+    left = carried(one, two, build_model(one)[0].state_dict())
+    assert "conv1.weight" in left
+    assert "hidden1.weight" not in left
 
 
 def test_the_same_bits_on_disk_and_after_a_crash_between_stages(tmp_path: Path) -> None:
@@ -131,7 +140,27 @@ def test_a_server_cannot_put_start_values_into_a_first_stage(kind: Literal["prob
     groups = {"model": bench.sent(), "start": {n: torch.zeros_like(bench.entries[n]) for n in bench.spec.kept}}
     asked = Instruction(kind, "run", "a", job, bench.spec.fingerprint, groups=groups, document=bench.spec.document)
     assert (site.handle(asked).code == "ok") == (kind == "probe")
-    assert state.start("run") == {}
+    assert state.start("run", 0) == {}
+
+
+def test_start_values_of_a_later_stage_do_not_reach_the_first() -> None:
+    """The run's id is the server's to choose: what one stage was given is no other stage's, nor is what it trains."""
+    one, two = a_job({"name": "one", "share": {"base": ["!@head"]}}, PROBE).steps
+    state = MemoryState()
+    site = Handler("a", lambda job: a_site("a"), state, Policy(approve_all=True), Benches(torch.device("cpu")))
+    model, spec = build_model(two)
+    zeros = {name: torch.zeros_like(model.state_dict()[name]) for name in spec.kept}
+    _, with_zeros = build_model(two, start=zeros)
+    asked = Instruction("probe", "run", "a", two, "", groups={"start": zeros}, document=with_zeros.document)
+    assert site.handle(asked).code == "ok"
+    assert state.start("run", 1).keys() == zeros.keys()
+    bench = Workbench(one, torch.device("cpu"))
+    trained = Instruction("train", "run", "a", one, bench.spec.fingerprint, groups={"model": bench.sent()})
+    assert site.handle(trained).code == "ok"
+    head = {name: model.state_dict()[name] for name in spec.sent}
+    _, with_head = build_model(two, start={**zeros, **head})
+    again = replace(asked, groups={"start": {**zeros, **head}}, document=with_head.document)
+    assert site.handle(again).code == "fingerprint"
 
 
 def test_the_written_job_keeps_its_stages(tmp_path: Path) -> None:
@@ -140,6 +169,8 @@ def test_the_written_job_keeps_its_stages(tmp_path: Path) -> None:
     assert Job.load(tmp_path / "job.toml").hash == job.hash
     changed = Job.load(tmp_path / "job.toml", ["stages.probe.train.lr=0.25"])
     assert [step.train.lr for step in changed.steps] == [0.1, 0.25]
+    with pytest.raises(ConfigError, match="no stage is called 'prob', there is pretext, probe"):
+        Job.load(tmp_path / "job.toml", ["stages.prob.train.lr=0.25"])
 
 
 @pytest.mark.parametrize(
@@ -148,6 +179,9 @@ def test_the_written_job_keeps_its_stages(tmp_path: Path) -> None:
         ([PROBE, PROBE], {}, "two stages are called 'probe'"),
         ([{"name": "a", "seed": {}}], {}, "a stage cannot change 'seed'"),
         ([{"name": "a", "train": {"lrr": 1}}], {}, "stage 'a': .*lrr"),
+        ([{"name": "a", "share": {"personal": ["@head"]}}], {}, "stage 'a' has personal entries"),
+        ([{"name": "a"}], {"data": {"shape": [1, 8, 8], "normalise_by": "sites"}}, "measures mean and deviation anew"),
+        ([{"name": "a", "lora": {"rank": 2}}, {"name": "b"}], {}, "'b' has not the adapters of stage 'a'"),
         ([PROBE], {"time": "continual", "stream": {"tasks": 2}}, "use one of the two"),
     ],
 )

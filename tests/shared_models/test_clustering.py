@@ -21,7 +21,7 @@ from shared_models.job import Job
 from shared_models.keys import keyed_global
 from shared_models.messages import Contribution
 from shared_models.methods.base import make_method
-from shared_models.methods.lloyd import Lloyd, LloydSettings
+from shared_models.methods.lloyd import Lloyd, LloydSettings, told_of
 from shared_models.metrics.clusters import adjusted_rand_index, contingency, normalized_mutual_information
 from shared_models.sums import Groups
 from shared_models.tasks.base import Batch, Task, tasks
@@ -172,6 +172,22 @@ def test_the_first_round_draws_clusters_at_random_and_the_rest_is_lloyds(
     longer = run(job.replace(federation={"rounds": 4}, method={"name": "lloyd", "fewest": 1}), sites)
     again = run(make_job(**EXACT, federation={"rounds": 3}), sites, first)
     torch.testing.assert_close(centroids(longer), centroids(again), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ([10, 5, 4], [True, True, True]),
+        ([10, 1, 4], [True, False, False]),  # 15 less 10 less 4 would be the one
+        ([10, 1, 2], [True, False, False]),
+        ([2, 0, 0], [False, False, False]),
+        ([9, 0, 4], [True, False, True]),
+        ([10, 1, 1], [False, False, False]),
+    ],
+)
+def test_what_is_held_back_holds_as_many_or_none(members: list[int], told: list[bool]) -> None:
+    found = told_of(torch.tensor(members, dtype=torch.float64), 3)
+    assert found.tolist() == told
 
 
 def answer(fewest: int, down: Groups, x: list[float], cluster_count: int = 2) -> Groups:

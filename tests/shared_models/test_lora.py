@@ -83,12 +83,16 @@ def test_the_mean_of_the_sites_is_the_mean_of_their_products() -> None:
 
 
 def test_the_frozen_weights_do_not_move() -> None:
-    job = a_job()
-    engine = InProcess(["a", "b"], lambda name: a_site(len(name), 16), Benches(torch.device("cpu")))
+    job, benches = a_job(), Benches(torch.device("cpu"))
+    engine = InProcess(["a", "b"], lambda name: a_site(len(name), 16), benches)
     outcome = Coordinator(job, engine, "run").run()
-    _, spec = build_model(job)
+    start, spec = build_model(job)
     assert outcome.model.keys() == set(spec.sent)
-    assert outcome.totals.bytes_up < 2 * 2 * 4 * sum(p.numel() for p in build_model(job)[0].parameters()) / 2
+    bench = benches(job)
+    frozen = [e.key for e in spec.entries if e.share == "base"]
+    assert len(frozen) > 10
+    assert all(torch.equal(bench.entries[name], start.state_dict()[name]) for name in frozen)
+    assert not any(torch.equal(bench.entries[name], start.state_dict()[name]) for name in spec.sent)
 
 
 def test_the_same_as_peft() -> None:
