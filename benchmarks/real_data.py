@@ -97,9 +97,9 @@ folder with the data sets: [PneumoniaMNIST](https://medmnist.com) (CC BY 4.0), U
 electron microscopy of the ISBI 2012 challenge (free with citation: Arganda-Carreras et al. 2015, Cardona et al. 2010),
 [BCCD](https://github.com/Shenggan/BCCD_Dataset) (MIT), Shakespeare's plays as Karpathy's char-rnn has them, AG News
 (research) and [Multi30k](https://github.com/multi30k/dataset) (CC BY-NC-SA 4.0); `benchmarks/prepare_data.py` writes
-the last two into `$FEDZOO_PREPARED`. Digits are scikit-learn's. Mean ± standard deviation over seeds of initial weights and
-order; intervals are Student's t over seeds and cover neither another split nor the size of the test sets. The
-machine had other work beside: seconds are to be read with that in mind.
+the last two into `$FEDZOO_PREPARED`. Digits are scikit-learn's. Mean ± standard deviation over seeds of initial
+weights and order; intervals are Student's t over seeds and cover neither another split nor the size of the test sets.
+The machine had other work beside: seconds are to be read with that in mind.
 """
 
 
