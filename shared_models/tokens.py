@@ -33,6 +33,7 @@ PAD, BEGIN, END, MASK, UNKNOWN, GAP = range(6)
 GAPS = 32
 TEXT = GAP + GAPS  # the first id that stands for text
 BYTES = "bytes"
+LARGEST = 2**22  # ids of a vocabulary: one more is a damaged file, and an embedding of that many fits nowhere
 
 
 class Tokenizer(ABC):
@@ -99,6 +100,8 @@ class File(Tokenizer):
         if not ids:
             raise ConfigError("data.tokenizer is a tokenizer that has no tokens", hint="Train it on some text")
         self.size = TEXT + max(ids) + 1  # there may be holes
+        if self.size > LARGEST:
+            raise ConfigError(f"data.tokenizer has an id of {max(ids)}, the limit is {LARGEST}", hint="Number it anew")
         model = json.loads(content)["model"]
         unknown = model.get("unk_token")
         self._unknown = model.get("unk_id") if unknown is None else self._own.token_to_id(unknown)

@@ -174,6 +174,17 @@ def test_ids_may_have_holes() -> None:
     made = make_tokenizer(words({"?": 2, "a": 0, "b": 7}))
     assert made.encode("a b") == [TEXT, TEXT + 7]
     assert made.size == TEXT + 8
+    with pytest.raises(ConfigError, match="has an id of 4194304, the limit is 4194304"):
+        make_tokenizer(words({"?": 2, "a": 0, "b": 2**22}))
+
+
+def test_a_file_on_which_the_library_panics_is_one_line() -> None:
+    """Its Rust half then raises what is no Exception, and a node would have lost its worker to an unread job."""
+    pytest.importorskip("tokenizers")
+    written = json.loads(words({"?": 0, "a": 1}))
+    written["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    with pytest.raises(ConfigError, match="no tokenizer's JSON"):
+        make_tokenizer(json.dumps(written))
 
 
 @pytest.mark.parametrize(
