@@ -213,12 +213,15 @@ def test_lloyd_by_hand() -> None:
 
 def test_a_cluster_of_few_examples_says_nothing() -> None:
     method = Lloyd(LloydSettings())
-    down = method.down(method.init({"centroids": torch.tensor([[0.0], [10.0]])}, ["centroids"]))
+    down = method.down(method.init({"centroids": torch.tensor([[0.0], [10.0], [20.0]])}, ["centroids"]))
     down = {**down, "partition": {"first": torch.tensor(0.0)}}
-    told = answer(3, down, [1.0, 2.0, 3.0, 8.0, 9.0])["sums"]
-    torch.testing.assert_close(told["moves"], torch.tensor([[6 / 5], [0.0]]))
-    torch.testing.assert_close(told["shares"], torch.tensor([3 / 5, 0.0]))
-    assert method.finish(down, {"sums": told}, 1, 1)["model"]["centroids"].tolist() == [[2.0], [10.0]]
+    told = answer(3, down, [1.0, 2.0, 3.0, 8.0, 9.0, 21.0], 3)["sums"]
+    torch.testing.assert_close(told["moves"], torch.tensor([[1.0], [0.0], [0.0]]))
+    torch.testing.assert_close(told["shares"], torch.tensor([3 / 6, 0.0, 0.0]))
+    assert method.finish(down, {"sums": told}, 1, 1)["model"]["centroids"].tolist() == [[2.0], [10.0], [20.0]]
+    told = answer(3, down, [1.0, 2.0, 3.0, 8.0, 9.0], 3)["sums"]  # the two alone would follow from the rest
+    assert not told["moves"].any()
+    assert not told["shares"].any()
 
 
 def test_what_a_site_sends(make_job: MakeJob, sites: dict[str, Splits]) -> None:
