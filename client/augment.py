@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from shared_models.boxes import PADDING, area
-from shared_models.job import AugmentPart
+from shared_models.job_parts import AugmentPart
 from shared_models.tasks.base import IGNORED, Batch, Target
 
 KEPT_SHARE = 0.25  # of a box's area that must stay inside the image; what is left of it else is no object any more

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from client.readers.base import Examples
 from client.workbench import Workbench
-from shared_models.job import TrainPart
+from shared_models.job_parts import TrainPart
 from shared_models.keys import generator, key, keyed_global
 from shared_models.messages import Budget, Instruction, Part
 from shared_models.methods.base import Method, Progress, overrides

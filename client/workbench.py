@@ -11,7 +11,8 @@ from torch import Tensor
 
 from client.augment import Augment
 from shared_models.errors import FingerprintError
-from shared_models.job import Job, TrainPart
+from shared_models.job import Job
+from shared_models.job_parts import TrainPart
 from shared_models.methods.base import make_pieces
 from shared_models.spec import build_model, frozen_modules
 from shared_models.sums import Groups

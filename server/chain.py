@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from server.coordinator import Coordinator, Outcome, Totals
+from server.coordinator import Coordinator
+from server.outcome import Outcome, Totals
 from shared_models.job import Job
 from shared_models.spec import carried
 

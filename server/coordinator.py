@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from server.checkpoint import read_checkpoint, write_checkpoint
 from server.events import Events
 from server.executor import Executor
+from server.outcome import Outcome, Progress, Totals
 from server.selection import select
 from shared_models.checks import check_contribution
 from shared_models.errors import Rejected, RunError
@@ -32,61 +33,6 @@ Sums = dict[str, Tensor]
 ATTEMPTS = 3
 ROW = ("examples", "samples", "steps", "norm", "halvings")  # what an event says of each site's part in a round
 PASSING = ("lost", "timeout", "flower-error-5", "flower-error-8")  # of the network or a process, not of the answer
-
-
-@dataclass
-class Totals:
-    """What a run cost. Bytes: tensors of the training rounds; sequential steps add each round's slowest site."""
-
-    rounds: int = 0
-    samples: int = 0
-    sequential_steps: int = 0
-    optimizer_resets: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    rejections: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class Progress:
-    """All a run must remember beside its tensors; it is what a checkpoint's JSON holds.
-
-    Attributes:
-        round: the next round.
-        curve: validation metrics of the model after each round, from the untrained one on.
-        matrix: R[t][i], the headline metric on the test data of task i after task t.
-        best: (headline on validation, round) of the best model so far, with `select = "best"`.
-    """
-
-    round: int = 0
-    curve: list[dict[str, float]] = field(default_factory=list)
-    matrix: list[list[float]] = field(default_factory=list)
-    best: tuple[float, int] | None = None
-    totals: Totals = field(default_factory=Totals)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run: the model, and its test metrics on each site's own data and on all sites' data together.
-
-    `statistics` are the mean and std that were measured at the sites, where the job wanted that; `stages` are the test
-    metrics that earlier stages reached. The model holds also what it took over of an earlier stage and did not train.
-    """
-
-    model: Mapping[str, Tensor]
-    fingerprint: str
-    per_site: Mapping[str, Mapping[str, float]]
-    all_sites: Mapping[str, float]
-    curve: Sequence[Mapping[str, float]]
-    matrix: Sequence[Sequence[float]]
-    totals: Totals
-    statistics: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    def document(self) -> dict[str, Any]:
-        """As plain data, without the tensors."""
-        return {k: v for k, v in asdict(replace(self, model={})).items() if k != "model"}
 
 
 class Coordinator:

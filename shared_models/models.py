@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from shared_models.errors import ConfigError, UnknownNameError
-from shared_models.job import Form
+from shared_models.job_parts import Form
 from shared_models.registry import Registry, nearest
 from shared_models.validation import validate
 

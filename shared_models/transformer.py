@@ -16,12 +16,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
+from shared_models.models import ModelSettings
 from shared_models.tokens import PAD
 
 Activation = Literal["relu", "gelu", "gelu-tanh", "gelu-quick"]
@@ -34,6 +36,48 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu-tanh": partial(F.gelu, approximate="tanh"),
     "gelu-quick": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016, section 2, and CLIP
 }
+
+
+class AttentionSettings(ModelSettings):
+    """Settings of a model with attention.
+
+    Attributes:
+        width: numbers per token, a multiple of `heads`.
+        heads: attention heads.
+    """
+
+    width: PositiveInt
+    heads: PositiveInt
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} should be a multiple of heads {self.heads}")
+        return self
+
+
+class PositionedSettings(AttentionSettings):
+    """Settings of a model that lets its blocks and positions be chosen.
+
+    Attributes:
+        positions: how a token tells its place; see `Positions`.
+        norm: `layer` normalises each token, `batch` each feature over all tokens of a batch: then samples mix.
+        before: whether a layer's input is normalised, which learns without a warm-up (Xiong et al. 2020); else the sum
+            behind it, as in the first papers.
+    """
+
+    positions: Position
+    norm: Literal["layer", "batch"] = "layer"
+    before: bool = False
+
+    @model_validator(mode="after")
+    def _positions_are_seen(self) -> Self:
+        if self.before and self.norm == "layer" and self.positions in ("index", "normalised"):
+            raise ValueError(
+                f"positions '{self.positions}' add one number to all of a token's, which norm = 'layer' takes out "
+                "again with before = true"
+            )
+        return self
 
 
 def causal(n: int, device: torch.device | str | None = None) -> Tensor:

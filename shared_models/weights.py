@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shared_models.errors import ConfigError
-from shared_models.job import WeightsPart
+from shared_models.job_parts import WeightsPart
 
 FOLDER = "FEDZOO_WEIGHTS"
 IN_A_FOLDER = (  # as Hugging Face names them; an index lists the file of every key

@@ -16,7 +16,7 @@ import torch
 from client.readers import read
 from client.readers.base import Store, Wanted, readers
 from client.workbench import Benches
-from server.coordinator import Totals
+from server.outcome import Totals
 from shared_models.errors import ConfigError, FedzooError, RunError
 from shared_models.job import Job
 from shared_models.methods.base import make_method, overrides

@@ -24,8 +24,9 @@ from client.readers.base import Splits
 from client.trainer import count_samples
 from client.workbench import Benches
 from server.chain import run_stages, stage_folder, stage_run
-from server.coordinator import Coordinator, Outcome, Totals
+from server.coordinator import Coordinator
 from server.events import Events, Listener
+from server.outcome import Outcome, Totals
 from server.selection import select
 from shared_models.errors import ConfigError
 from shared_models.job import Job

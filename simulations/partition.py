@@ -13,7 +13,7 @@ import torch
 
 from client.readers.base import PARTS, Examples, Splits, Store, natural, split
 from shared_models.errors import ConfigError, DataError
-from shared_models.job import SimulationPart
+from shared_models.job_parts import SimulationPart
 from shared_models.keys import key
 
 MAX_DRAWS = 1000

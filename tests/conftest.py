@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from client.readers.base import Examples, Splits, Store
-from shared_models.job import DataPart, Job
+from shared_models.job import Job
+from shared_models.job_parts import DataPart
 
 LABELS = [str(c) for c in range(10)]
 

@@ -18,7 +18,8 @@ from client.workbench import Benches
 from server.coordinator import Coordinator
 from shared_models.checks import check_contribution
 from shared_models.errors import Rejected, RunError
-from shared_models.job import DataPart, Job
+from shared_models.job import Job
+from shared_models.job_parts import DataPart
 from shared_models.messages import Contribution, Instruction
 from shared_models.normalisation import FEWEST, channel_sums, merge
 from shared_models.spec import build_model

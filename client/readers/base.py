@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from shared_models.errors import ConfigError, DataError
-from shared_models.job import DataPart, Job
+from shared_models.job import Job
+from shared_models.job_parts import DataPart
 from shared_models.models import models
 from shared_models.registry import Registry, nearest
 from shared_models.tasks.base import Batch, Target, make_task

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from client.readers.folders import shown
 from shared_models.errors import ConfigError, DataError
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # whatever the suffix; others may start programs
 MAX_PIXELS = 100_000_000  # of a file; a larger one may be a decompression bomb

@@ -15,7 +15,7 @@ from client.readers.base import PARTS, Examples, Reader, Store, Tolerance, Wante
 from client.readers.images import image_shape
 from shared_models.boxes import pad_rows
 from shared_models.errors import DataError
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 from shared_models.tasks.base import Target
 
 A = TypeVar("A")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from client.readers.base import PARTS, part_at
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 
 NO_CLASS = -1
 

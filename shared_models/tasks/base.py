@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from shared_models.errors import ConfigError
-from shared_models.job import DataPart, Job
+from shared_models.job import Job
+from shared_models.job_parts import DataPart
 from shared_models.registry import Registry, nearest
 
 Target = Literal["class", "mask", "box", "boxes", "tokens", "none"]

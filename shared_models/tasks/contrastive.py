@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shared_models.errors import ConfigError
 from shared_models.image_text import Features, ImageText
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 from shared_models.tasks.base import Batch, Target, Task, TaskSettings, task
 from shared_models.tokens import Tokenizer, draw_ids, make_tokenizer
 

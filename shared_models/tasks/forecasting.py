@@ -16,7 +16,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from shared_models.errors import ConfigError
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 from shared_models.registry import nearest
 from shared_models.tasks.base import Batch, Measure, Task, TaskSettings, task
 

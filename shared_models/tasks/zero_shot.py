@@ -11,7 +11,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from shared_models.image_text import ImageText
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 from shared_models.tasks.base import Batch, Task, task
 from shared_models.tasks.classification import Classification, ClassificationSettings
 from shared_models.tasks.contrastive import texts_of

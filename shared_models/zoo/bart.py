@@ -20,18 +20,26 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from shared_models.errors import ConfigError
-from shared_models.models import ModelSettings, Shape, model
+from shared_models.models import Shape, model
 from shared_models.tokens import Bytes
-from shared_models.transformer import BlockSettings, DecoderBlock, EncoderBlock, EncoderDecoder, causal, not_padding
+from shared_models.transformer import (
+    AttentionSettings,
+    BlockSettings,
+    DecoderBlock,
+    EncoderBlock,
+    EncoderDecoder,
+    causal,
+    not_padding,
+)
 
 OFFSET = 2  # rows of the published position tables that come before the first place, and that nothing uses
 
 
-class BartSettings(ModelSettings):
+class BartSettings(AttentionSettings):
     """The columns of the table above, and the positions.
 
     Attributes:
@@ -48,18 +56,10 @@ class BartSettings(ModelSettings):
 
     encoder: NonNegativeInt
     decoder: PositiveInt
-    width: PositiveInt
     mlp: PositiveInt
-    heads: PositiveInt
     positions: PositiveInt | None = None
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     std: PositiveFloat = 0.02
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> BartSettings:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} should be a multiple of heads {self.heads}")
-        return self
 
 
 class Start(nn.Module):

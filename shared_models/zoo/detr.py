@@ -30,17 +30,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from shared_models.boxes import PADDING, generalized_iou, to_centres, to_corners
 from shared_models.detection import Detector
-from shared_models.models import ModelSettings, Shape, model
+from shared_models.models import Shape, model
+from shared_models.transformer import AttentionSettings
 from shared_models.zoo.resnet import ResNetFeatures
 
 
-class DETRSettings(ModelSettings):
+class DETRSettings(AttentionSettings):
     """The backbone, the transformer, and the weights of the loss.
 
     Attributes:
@@ -73,7 +74,6 @@ class DETRSettings(ModelSettings):
     encoder: int = Field(ge=0)
     decoder: PositiveInt
     width: int = Field(gt=0, multiple_of=4)
-    heads: PositiveInt
     mlp: PositiveInt
     queries: PositiveInt
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
@@ -84,12 +84,6 @@ class DETRSettings(ModelSettings):
     nothing: PositiveFloat = 0.1
     distance: NonNegativeFloat = 5.0
     overlap: NonNegativeFloat = 2.0
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> DETRSettings:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} should be a multiple of heads {self.heads}")
-        return self
 
 
 class Attention(nn.Module):

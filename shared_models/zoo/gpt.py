@@ -25,15 +25,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from shared_models.models import ModelSettings, Shape, model
-from shared_models.transformer import BlockSettings, EncoderBlock, Positions, causal, not_padding
+from shared_models.models import Shape, model
+from shared_models.transformer import AttentionSettings, BlockSettings, EncoderBlock, Positions, causal, not_padding
 from shared_models.zoo.lstm import last, tied
 
 
-class GPTSettings(ModelSettings):
+class GPTSettings(AttentionSettings):
     """The columns of the table above, start values and dropout.
 
     Attributes:
@@ -46,17 +46,9 @@ class GPTSettings(ModelSettings):
     """
 
     layers: PositiveInt
-    width: PositiveInt
     mlp: PositiveInt
-    heads: PositiveInt
     std: PositiveFloat = 0.02
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> GPTSettings:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} should be a multiple of heads {self.heads}")
-        return self
 
 
 class GPT(nn.Module):

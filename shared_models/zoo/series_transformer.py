@@ -16,17 +16,15 @@ do not mix.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from shared_models.models import ModelSettings, Shape, model
-from shared_models.transformer import BlockSettings, EncoderBlock, Position, Positions
+from shared_models.models import Shape, model
+from shared_models.transformer import BlockSettings, EncoderBlock, Position, PositionedSettings, Positions
 
 
-class SeriesTransformerSettings(ModelSettings):
+class SeriesTransformerSettings(PositionedSettings):
     """The columns of the table above, and what a lecture compares.
 
     Attributes:
@@ -43,29 +41,10 @@ class SeriesTransformerSettings(ModelSettings):
     """
 
     layers: PositiveInt
-    width: PositiveInt
     mlp: PositiveInt
-    heads: PositiveInt
     patch: PositiveInt
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     positions: Position = "learnable"
-    norm: Literal["layer", "batch"] = "layer"
-    before: bool = False
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> SeriesTransformerSettings:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} should be a multiple of heads {self.heads}")
-        return self
-
-    @model_validator(mode="after")
-    def _positions_last(self) -> SeriesTransformerSettings:
-        if self.before and self.norm == "layer" and self.positions in ("index", "normalised"):
-            raise ValueError(
-                f"positions '{self.positions}' add one number to all features of a token, which norm = 'layer' takes "
-                "out again with before = true"
-            )
-        return self
 
 
 class SeriesTransformer(nn.Module):

@@ -15,13 +15,12 @@ the target and gives the scores (section 3.4).
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from shared_models.models import ModelSettings, Shape, model
+from shared_models.models import Shape, model
 from shared_models.tokens import Bytes
 from shared_models.transformer import (
     BlockSettings,
@@ -29,13 +28,14 @@ from shared_models.transformer import (
     EncoderBlock,
     EncoderDecoder,
     Position,
+    PositionedSettings,
     Positions,
     causal,
     not_padding,
 )
 
 
-class TransformerSettings(ModelSettings):
+class TransformerSettings(PositionedSettings):
     """The columns of the table above, and what a lecture compares.
 
     Attributes:
@@ -53,28 +53,9 @@ class TransformerSettings(ModelSettings):
 
     encoder: NonNegativeInt
     decoder: PositiveInt
-    width: PositiveInt
     mlp: PositiveInt
-    heads: PositiveInt
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     positions: Position = "sine"
-    norm: Literal["layer", "batch"] = "layer"
-    before: bool = False
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> TransformerSettings:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} should be a multiple of heads {self.heads}")
-        return self
-
-    @model_validator(mode="after")
-    def _positions_are_seen(self) -> TransformerSettings:
-        if self.before and self.norm == "layer" and self.positions in ("index", "normalised"):
-            raise ValueError(
-                f"positions '{self.positions}' add one number to all of a token's, which a layer norm before each "
-                "layer takes away again; use before = false"
-            )
-        return self
 
 
 class Transformer(EncoderDecoder):

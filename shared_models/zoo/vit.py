@@ -27,14 +27,15 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from shared_models.errors import ConfigError
-from shared_models.models import ModelSettings, Shape, model
+from shared_models.models import Shape, model
+from shared_models.transformer import AttentionSettings
 
 
-class ViTSettings(ModelSettings):
+class ViTSettings(AttentionSettings):
     """The columns of the table above, and dropout.
 
     Attributes:
@@ -48,18 +49,10 @@ class ViTSettings(ModelSettings):
     """
 
     layers: PositiveInt
-    width: PositiveInt
     mlp: PositiveInt
-    heads: PositiveInt
     patch: PositiveInt
     position_std: float = Field(0.02, gt=0.0)
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> ViTSettings:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} should be a multiple of heads {self.heads}")
-        return self
 
 
 class Attention(nn.Module):

@@ -13,7 +13,8 @@ from client.readers.base import Splits
 from client.trainer import train
 from client.workbench import Workbench
 from shared_models.errors import CompatibilityError
-from shared_models.job import AugmentPart, Job
+from shared_models.job import Job
+from shared_models.job_parts import AugmentPart
 from shared_models.keys import keyed_global
 from shared_models.messages import Budget, Instruction
 from shared_models.tasks.base import Batch

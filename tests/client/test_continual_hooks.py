@@ -14,7 +14,8 @@ from client.policy import Policy
 from client.readers.base import Examples, Splits, Store
 from client.state import DiskState, MemoryState
 from client.workbench import Benches
-from shared_models.job import DataPart, Job
+from shared_models.job import Job
+from shared_models.job_parts import DataPart
 from shared_models.messages import Budget, Contribution, Instruction
 from shared_models.methods.base import Method, Progress, methods
 from shared_models.spec import build_model

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from client.readers import images
 from client.readers.images import load_image, open_picture, placement, to_tensor, turn, turn_boxes
 from shared_models.errors import DataError
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 
 GREY = DataPart(shape=(1, 2, 2))
 COLOUR = DataPart(shape=(3, 2, 2))

@@ -20,7 +20,7 @@ from client.readers.base import Store, Wanted
 from client.readers.boxes import Annotation, Box, decode, within
 from shared_models.boxes import PADDING
 from shared_models.errors import DataError
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 
 DATA = DataPart(shape=(1, 8, 16))
 LABELS = ("cell", "platelet")

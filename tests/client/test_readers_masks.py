@@ -13,7 +13,7 @@ from PIL import Image
 from client.readers import check, read
 from client.readers.base import PARTS, Store, Wanted
 from shared_models.errors import DataError
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 
 DATA = DataPart(shape=(1, 2, 3))
 LABELS = ("background", "vessel", "tumour")

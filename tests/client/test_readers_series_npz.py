@@ -15,7 +15,7 @@ import torch
 from client.readers import check, npz, read
 from client.readers.base import PARTS, Store, Wanted, split
 from shared_models.errors import DataError
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 
 DATA = DataPart(shape=(3, 2))
 LABELS = ("rest", "walk")

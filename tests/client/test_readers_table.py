@@ -16,7 +16,7 @@ from client.readers import check, read
 from client.readers.base import PARTS, Store, Wanted
 from shared_models.boxes import PADDING
 from shared_models.errors import DataError
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 
 LABELS = ("healthy", "sick")
 NAN = math.nan

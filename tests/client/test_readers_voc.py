@@ -12,7 +12,7 @@ from PIL import Image
 from client.readers import read
 from client.readers.base import PARTS, Store, Wanted, split
 from shared_models.errors import DataError
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 
 DATA = DataPart(shape=(1, 8, 16))
 LABELS = ("cell", "platelet")

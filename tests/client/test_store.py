@@ -8,7 +8,7 @@ import torch
 
 from client.readers.base import PARTS, Examples, Store, part_of, split
 from shared_models.errors import DataError
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 
 DATA = DataPart(shape=(1, 2, 2))
 

@@ -10,7 +10,7 @@ import torch
 
 from client.readers.base import PARTS, Splits, Store, part_of, split
 from shared_models.errors import ConfigError, DataError
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 from shared_models.validation import validate
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from client.readers.base import Splits
 from client.trainer import batches, count_steps, evaluate, learning_rate, train
 from client.workbench import Workbench
-from shared_models.job import Job, TrainPart
+from shared_models.job import Job
+from shared_models.job_parts import TrainPart
 from shared_models.messages import Budget, Instruction
 
 CPU = torch.device("cpu")

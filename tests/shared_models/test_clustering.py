@@ -16,7 +16,8 @@ from torch import Tensor
 
 from client.readers.base import Examples, Splits, Store
 from client.workbench import Benches
-from server.coordinator import Coordinator, Outcome
+from server.coordinator import Coordinator
+from server.outcome import Outcome
 from shared_models.job import Job
 from shared_models.keys import keyed_global
 from shared_models.messages import Contribution
@@ -32,14 +33,6 @@ from simulations.engines.inprocess import InProcess
 MakeJob = Callable[..., Job]
 CLUSTERS: dict[str, Any] = {"model": {"name": "kmeans"}, "task": {"name": "clustering"}}
 EXACT: dict[str, Any] = {**CLUSTERS, "method": {"name": "lloyd", "first": "model", "fewest": 1}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

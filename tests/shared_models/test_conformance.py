@@ -61,14 +61,6 @@ def a_site(job: Job, seed: int) -> Splits:
     return Splits(*(Examples(store, torch.tensor(rows)) for rows in ([0, 1, 2, 3], [4, 5], [6, 7])))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def losses(model: nn.Module, task: Task, batch: Batch) -> Tensor:
     with keyed_global(11):
         return task.loss(task.forward(model, batch), batch)

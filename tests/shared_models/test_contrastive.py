@@ -14,7 +14,8 @@ from client.trainer import evaluate
 from client.workbench import Workbench
 from shared_models.errors import ConfigError
 from shared_models.image_text import Features, ImageText
-from shared_models.job import DataPart, Job
+from shared_models.job import Job
+from shared_models.job_parts import DataPart
 from shared_models.tasks.base import Batch, Task, add_sums, tasks
 from shared_models.tasks.contrastive import Contrastive
 from shared_models.tasks.zero_shot import ZeroShot

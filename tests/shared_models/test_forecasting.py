@@ -14,7 +14,8 @@ from torch.func import grad, jacrev, vmap
 
 from client.readers.base import Store
 from shared_models.errors import CompatibilityError, ConfigError
-from shared_models.job import DataPart, Job
+from shared_models.job import Job
+from shared_models.job_parts import DataPart
 from shared_models.spec import build_model
 from shared_models.tasks.base import Batch, Task, add_sums, make_task, tasks
 from shared_models.validation import validate

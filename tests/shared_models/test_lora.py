@@ -12,7 +12,8 @@ from client.readers.base import Examples, Splits, Store
 from client.workbench import Benches
 from server.coordinator import Coordinator
 from shared_models.errors import ConfigError
-from shared_models.job import DataPart, Job
+from shared_models.job import Job
+from shared_models.job_parts import DataPart
 from shared_models.lora import Adapted, adapt
 from shared_models.spec import build_model
 from simulations.engines.inprocess import InProcess

@@ -13,7 +13,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client.readers.base import Splits
 from client.workbench import Benches
-from server.coordinator import Coordinator, Outcome
+from server.coordinator import Coordinator
+from server.outcome import Outcome
 from shared_models.job import Job
 from shared_models.methods.base import Method, MethodSettings, Progress, make_method, methods, overrides
 from shared_models.sums import Groups, PairwiseMean

@@ -30,14 +30,6 @@ JOB: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def a_store(job: Job) -> Store:
     x, y = load_digits(return_X_y=True)
     images = torch.tensor(x * 15, dtype=torch.uint8).reshape(-1, 1, 8, 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -34,14 +33,6 @@ BACKBONES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "mae": ({"width": 16, "mlp": 16, "patch": 4}, (3, 12, 12)),
 }
 PAIRS = [(name, task) for name in list(BACKBONES)[:4] for task in TASKS] + [("mae", "masked-autoencoding")]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def a_job(name: str, task: str, **parts: Any) -> Job:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,6 @@ from shared_models.tasks.promptable import Answers, dice_loss, focal_loss, overl
 from shared_models.validation import validate
 
 LABELS = ("background", "cell", "nucleus")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def sam(shape: tuple[int, ...] = (1, 32, 32), *, seed: int = 0, **keys: Any) -> Any:

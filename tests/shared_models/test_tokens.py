@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from shared_models.errors import ConfigError, FingerprintError
-from shared_models.job import DataPart, Job
+from shared_models.job import Job
+from shared_models.job_parts import DataPart
 from shared_models.messages import Instruction
 from shared_models.spec import build_model, require_same
 from shared_models.tasks.base import make_task

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_models.transformer import (
     MLP,
@@ -273,23 +272,10 @@ def test_per_sample_gradients_equal_a_loop(kind: Position, norm: Norm, before: b
             torch.testing.assert_close(stacked[key][i], parameter.grad, atol=1e-8, rtol=1e-8, msg=key)
 
 
-class InPlace(TorchDispatchMode):
-    """Notes every operation that writes into one of its inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kind", ["none", "index", "normalised", "sine", "learnable"])
-def test_no_operation_is_in_place(kind: Position) -> None:
+def test_no_operation_is_in_place(in_place: Any, kind: Position) -> None:
     model = Model(kind, "layer", False)
-    with InPlace() as mode:
+    with in_place() as mode:
         model(x(), x(B, M, D, seed=1), IDS, MEMORY_IDS)
     assert mode.seen == []
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shared_models.errors import ConfigError
-from shared_models.job import WeightsPart
+from shared_models.job_parts import WeightsPart
 from shared_models.models import configure
 from shared_models.weights import Difference, Match, _read, find_weights, load_weights
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import torchvision
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_models.errors import ConfigError, UnknownNameError
 from shared_models.models import configure, model, models
@@ -29,14 +27,6 @@ VARIANTS: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("vit", {}, (1, 8, 8)),
     ("vit", {"patch": 4, "width": 12, "heads": 3}, (2, 8, 12)),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models here are small: threads would wait for each other
-    yield
-    torch.set_num_threads(before)
 
 
 def build(name: str, shape: tuple[int, ...], outputs: int = 10, *, seed: int = 0, **keys: Any) -> nn.Module:
@@ -149,30 +139,17 @@ def test_per_sample_gradients_equal_a_loop(name: str, keys: dict[str, Any], shap
             torch.testing.assert_close(stacked[key][i], parameter.grad, atol=1e-10, rtol=1e-8, msg=key)
 
 
-class InPlace(TorchDispatchMode):
-    """Notes every operation that writes into one of its inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("name", "keys", "shape"), VARIANTS)
-def test_no_operation_is_in_place(name: str, keys: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_no_operation_is_in_place(in_place: Any, name: str, keys: dict[str, Any], shape: tuple[int, ...]) -> None:
     net = build(name, shape, **keys)
-    with InPlace() as mode:
+    with in_place() as mode:
         net(torch.randn(2, *shape))
     assert mode.seen == []
 
 
-def test_the_in_place_detector_detects() -> None:
+def test_the_in_place_detector_detects(in_place: Any) -> None:
     net, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True)), torch.ones(1, 2)
-    with InPlace() as mode:
+    with in_place() as mode:
         net(x)
     assert mode.seen == ["aten.relu_.default"]
 

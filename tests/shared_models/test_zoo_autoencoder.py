@@ -19,14 +19,6 @@ from shared_models.zoo.vae import divergence
 NAMES = ("autoencoder", "vae")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(name: str, shape: tuple[int, ...], seed: int = 0, **keys: Any) -> nn.Module:
     torch.manual_seed(seed)
     chosen, settings = configure(name, keys)

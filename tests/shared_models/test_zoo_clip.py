@@ -15,7 +15,8 @@ from client.readers.base import Examples, Store
 from client.trainer import evaluate, train
 from client.workbench import Workbench
 from shared_models.errors import ConfigError
-from shared_models.job import Job, WeightsPart
+from shared_models.job import Job
+from shared_models.job_parts import WeightsPart
 from shared_models.messages import Budget, Instruction
 from shared_models.models import configure
 from shared_models.tasks.base import Batch, make_task

@@ -31,14 +31,6 @@ from shared_models.zoo.detr import (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(shape: tuple[int, ...] = (3, 64, 64), outputs: int = 2, **keys: Any) -> DETR:
     torch.manual_seed(0)
     chosen, settings = configure("detr", keys)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -20,14 +19,6 @@ from shared_models.errors import ConfigError
 from shared_models.models import configure, models
 from shared_models.regions import Chosen
 from shared_models.zoo.faster_rcnn import FasterRCNN, lay_anchors, proposal_loss
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(outputs: int = 2, shape: tuple[int, ...] = (3, 64, 64), seed: int = 0, **keys: Any) -> FasterRCNN:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,23 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_models.errors import ConfigError
-from shared_models.job import WeightsPart
+from shared_models.job_parts import WeightsPart
 from shared_models.models import configure, models
 from shared_models.weights import load_weights
 from shared_models.zoo.mae import MAE, RENAMES, sine_cosine
 
 SMALL = {"layers": 2, "width": 32, "mlp": 48, "heads": 4, "patch": 4, "decoder_width": 24, "decoder_layers": 2}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(shape: tuple[int, ...] = (3, 12, 12), name: str = "mae", **keys: Any) -> Any:
@@ -195,22 +185,9 @@ def test_gradients_of_each_sample_under_vmap_are_those_of_a_loop() -> None:
             torch.testing.assert_close(stacked[key][i], value, atol=1e-10, rtol=1e-8, msg=key)
 
 
-class InPlace(TorchDispatchMode):
-    """Notes every operation that writes into one of its inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_operation_is_in_place() -> None:
+def test_no_operation_is_in_place(in_place: Any) -> None:
     net = build()
-    with InPlace() as mode:
+    with in_place() as mode:
         net.reconstruct(torch.randn(2, 3, 12, 12), orders(2, 36), 9)
     assert mode.seen == []
 

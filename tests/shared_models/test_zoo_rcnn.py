@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,6 @@ from shared_models.models import configure, models
 from shared_models.zoo.sppnet import pyramid
 
 NAMES = ("rcnn", "sppnet", "fast-rcnn")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(name: str, outputs: int = 2, shape: tuple[int, ...] = (3, 64, 64), seed: int = 0, **keys: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,10 @@ from torch.nn.functional import cross_entropy
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from shared_models.job import WeightsPart
+from shared_models.job_parts import WeightsPart
 from shared_models.models import configure, models
 from shared_models.weights import load_weights
 from shared_models.zoo.resnet import Norm, ResNetFeatures, Stem
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(name: str, shape: tuple[int, ...], outputs: int = 10, **keys: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_models.errors import ConfigError
 from shared_models.job import Job
@@ -28,14 +26,6 @@ VARIANTS: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("unet", {"width": 8, "depth": 2}, (3, 8, 12)),
     ("unet", {"width": 8, "depth": 1, "norm": "none"}, (1, 6, 4)),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(name: str, shape: tuple[int, ...], outputs: int = 3, *, seed: int = 0, **keys: Any) -> Any:
@@ -281,23 +271,10 @@ def test_per_sample_gradients_equal_a_loop(name: str, keys: dict[str, Any], shap
             torch.testing.assert_close(stacked[key][i], parameter.grad, atol=1e-10, rtol=1e-8, msg=key)
 
 
-class InPlace(TorchDispatchMode):
-    """Notes every operation that writes into one of its inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("name", "keys", "shape"), VARIANTS)
-def test_no_operation_is_in_place(name: str, keys: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_no_operation_is_in_place(in_place: Any, name: str, keys: dict[str, Any], shape: tuple[int, ...]) -> None:
     net = build(name, shape, **keys)
-    with InPlace() as mode:
+    with in_place() as mode:
         net(torch.randn(2, *shape))
     assert mode.seen == []
 

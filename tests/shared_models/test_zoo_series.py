@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
 from shared_models.errors import ConfigError
-from shared_models.job import DataPart
+from shared_models.job_parts import DataPart
 from shared_models.models import configure, models
 from shared_models.tasks.base import Batch, Task, tasks
 
@@ -27,14 +26,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     (TRANSFORMER, {"patch": 5, "positions": "sine"}),
 ]
 SHAPE = (12, 3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models here are small: threads would wait for each other
-    yield
-    torch.set_num_threads(before)
 
 
 def build(name: str, shape: tuple[int, ...] = SHAPE, outputs: int = 4, *, seed: int = 0, **keys: Any) -> nn.Module:

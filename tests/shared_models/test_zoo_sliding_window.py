@@ -17,14 +17,6 @@ from shared_models.models import configure, models
 from shared_models.zoo.sliding_window import SlidingWindow, SlidingWindowSettings, balanced, slide
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(shape: tuple[int, ...] = (3, 64, 64), outputs: int = 2, **keys: Any) -> SlidingWindow:
     torch.manual_seed(0)
     chosen, settings = configure("sliding-window", keys)

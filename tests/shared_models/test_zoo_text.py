@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_models.errors import ConfigError
 from shared_models.models import configure, models
@@ -24,14 +23,6 @@ NAMES = ("bert", "electra", "gpt", "lstm")
 TRANSFORMERS = NAMES[:3]
 LENGTH, VOCABULARY, CLASSES = 10, TEXT + 20, 3
 FORMS = [(name, each) for name in NAMES for each in (False, True)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pretrained(name: str, vocabulary: int = VOCABULARY) -> int:
@@ -268,23 +259,10 @@ def test_models_that_are_stacked_say_what_each_says(name: str) -> None:
             says()
 
 
-class InPlace(TorchDispatchMode):
-    """Notes every operation that writes into one of its inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_no_operation_is_in_place(name: str) -> None:
+def test_no_operation_is_in_place(in_place: Any, name: str) -> None:
     net, x = build(name), drawn(2)
-    with InPlace() as mode:
+    with in_place() as mode:
         net(x)
     assert mode.seen == []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from shared_models.job import WeightsPart
+from shared_models.job_parts import WeightsPart
 from shared_models.models import configure
 from shared_models.weights import Match, load_weights
 from shared_models.zoo.gpt import convert
@@ -20,14 +19,6 @@ hf = pytest.importorskip("transformers")
 
 LENGTH, VOCABULARY = 12, 40
 SMALL = {"layers": 2, "width": 16, "mlp": 24, "heads": 4}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(name: str, outputs: int, each: bool = False, **keys: Any) -> Any:

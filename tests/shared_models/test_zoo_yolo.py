@@ -16,14 +16,6 @@ from shared_models.models import configure, models
 from shared_models.zoo.yolo import YOLO, decode, encode, yolo_loss
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(shape: tuple[int, ...] = (3, 64, 64), outputs: int = 2, **keys: Any) -> YOLO:
     torch.manual_seed(0)
     chosen, settings = configure("yolo", keys)

@@ -11,7 +11,7 @@ import torch
 
 from client.readers.base import PARTS, Store, part_of, split
 from shared_models.errors import ConfigError, DataError
-from shared_models.job import DataPart, SimulationPart
+from shared_models.job_parts import DataPart, SimulationPart
 from simulations.partition import SitePopulation, iid, make_partition, site_names
 
 
