@@ -83,13 +83,15 @@ def ours(job: Job, names: Sequence[str], splits: Callable[[str], Splits], benche
     return dict(coordinator.state["model"])
 
 
-def plain(job: Job, names: Sequence[str], splits: Callable[[str], Splits]) -> dict[str, torch.Tensor]:
-    """FedAvg by hand, batches normalised ahead."""
-    model, _ = build_model(job)
+def plain(
+    job: Job, names: Sequence[str], splits: Callable[[str], Splits], device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
+    """FedAvg by hand, batches normalised ahead and on the device (the CPU)."""
+    model = build_model(job)[0].to(device)
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=job.train.lr)
     data = {name: splits(name).train for name in {names[k] for k in range(CLIENTS)}}
-    ready = {name: examples.batch(torch.arange(len(examples))) for name, examples in data.items()}
+    ready = {name: examples.batch(torch.arange(len(examples)), device) for name, examples in data.items()}
     start = [p.detach().clone() for p in parameters]
     model.train()
     for round in range(job.federation.rounds):

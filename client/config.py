@@ -68,9 +68,16 @@ class PolicyPart(Part):
 
 
 class ClientConfig(Part):
-    """The whole `client.toml`. `site` is the name the server gave; the certificate carries it too."""
+    """The whole `client.toml`.
+
+    Attributes:
+        site: the name the server gave; the certificate carries it too.
+        device: where models train: `cpu`, `cuda`, one GPU of several as `cuda:1`, or `auto`, the first GPU if there is
+            one.
+    """
 
     site: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = "auto"
     server: ServerPart
     data: DataPart
     policy: PolicyPart = PolicyPart()

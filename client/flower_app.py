@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from flwr.app import Context, Message
 
 from client.config import ClientConfig, NodeFolder, load
@@ -14,7 +15,7 @@ from client.policy import Policy
 from client.readers import read
 from client.readers.base import Splits, Wanted, split
 from client.state import DiskState
-from client.workbench import Benches
+from client.workbench import Benches, make_device
 from shared_models.errors import FedzooError
 from shared_models.flower import from_record, to_record
 from shared_models.job import Job
@@ -35,7 +36,7 @@ def client_app(
         approve_all: approve every job.
 
     Raises:
-        ConfigError: `client.toml` or an approved hash cannot be.
+        ConfigError: `client.toml` or an approved hash cannot be, or this machine has not that device.
     """
     config, folder = load(node_dir), NodeFolder(node_dir)
     policy = Policy(
@@ -46,7 +47,10 @@ def client_app(
         later=lambda: load(node_dir).policy.approve,
         statistics=config.policy.statistics,
     )
-    handler = Handler(config.site, NodeData(config), DiskState(folder.state, config.site), policy, Benches())
+    device = make_device(config.device)
+    log.info("models train on %s", torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU")
+    benches = Benches(device)
+    handler = Handler(config.site, NodeData(config), DiskState(folder.state, config.site), policy, benches)
 
     def answer(message: Message, context: Context) -> Message:
         try:

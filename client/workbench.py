@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from client.augment import Augment
-from shared_models.errors import FingerprintError
+from shared_models.errors import ConfigError, FingerprintError
 from shared_models.job import Job
 from shared_models.job_parts import TrainPart
 from shared_models.methods.base import make_pieces
@@ -34,7 +34,7 @@ class Workbench:
     def __init__(self, job: Job, device: torch.device | None = None, start: Mapping[str, Tensor] | None = None) -> None:
         self.job = job
         self.start = start or {}
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or make_device()
         self.model, self.spec = build_model(job, receives=True, start=self.start)
         self.model.to(self.device)
         self.task = make_task(job)
@@ -117,6 +117,25 @@ class Benches:
 
 def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a is b or (a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a))
+
+
+def make_device(name: str = "auto") -> torch.device:
+    """`auto` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"only {count}" if count else "none that torch can use"
+        raise ConfigError(
+            f"device '{name}' is asked for, and this machine has {found}",
+            hint="Name another as `device` in client.toml; `fedzoo doctor` tells what torch sees",
+        )
+    return device
 
 
 def make_optimizer(part: TrainPart, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from client.config import save
 from client.enroll import enroll
 from client.readers.base import PARTS
 from server.cli import make_invite
@@ -116,7 +117,12 @@ class Federation:
 
 @contextmanager
 def running(
-    root: Path, sites: SitePopulation, write: Callable[[SitePopulation, str, Path], Path], format: str, jobs: list[Job]
+    root: Path,
+    sites: SitePopulation,
+    write: Callable[[SitePopulation, str, Path], Path],
+    format: str,
+    jobs: list[Job],
+    devices: Mapping[str, str] | None = None,
 ) -> Iterator[Federation]:
     """A server, and an enrolled node for each site with the site's data in files, which approves the jobs."""
     server = root / "server"
@@ -130,7 +136,9 @@ def running(
         for site in sites.names:
             data = write(sites, site, root / "hospitals" / CANARY / site)
             node = root / "nodes" / site
-            enroll(make_invite(server, site, hours=1), node, data, format)
+            config = enroll(make_invite(server, site, hours=1), node, data, format)
+            if devices:
+                save(node, config.model_copy(update={"device": devices[site]}))
             start = [*command, "client", "start", "--dir", str(node), *approved]
             children.append(Child(site, start, root / "nodes" / f"{site}.log"))
         yield Federation(root, sites)
@@ -160,7 +168,7 @@ def write_hospital(sites: SitePopulation, site: str, folder: Path) -> Path:
     for part in PARTS:
         examples = getattr(sites.splits(site), part)
         for row, label in zip(examples.rows.tolist(), examples.y.tolist(), strict=True):
-            path = folder / part / str(label) / f"{CANARY}-{sites.store.names[row]}"
+            path = folder / part / str(label) / f"{CANARY}-{Path(sites.store.names[row]).name}"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(sites.store.x[row, 0].numpy()).save(path)
     return folder
@@ -234,6 +242,37 @@ def test_real_nodes_segment_as_the_simulator_does(tmp_path: Path) -> None:
         simulated = paradigms["federated"](Setting(job, sites, Benches(torch.device("cpu"))))
         assert same_bits(run, dict(simulated.models["model"]))
         assert simulated.statistics["model"] == {"mean": measured["mean"], "std": measured["std"]}
+
+
+@pytest.mark.gpu
+def test_a_gpu_node_and_a_cpu_node_train_the_papers_vit(tmp_path: Path, record_property: Callable[..., None]) -> None:
+    """ViT-B/16, two rounds; both nodes' updates are in the mean, which stays near what one CPU would have made."""
+    source = torch.Generator().manual_seed(3)
+    for i in range(24):
+        pixels = torch.randint(0, 128, (224, 224), generator=source, dtype=torch.uint8) + 100 * (i % 2)
+        path = tmp_path / "pool" / str(i % 2) / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(path)
+    job = make_job(
+        name="mixed", model={"name": "vit", "size": "b16"}, task={"labels": ["0", "1"]},
+        data={"shape": [1, 224, 224]}, train={"lr": 0.01, "batch_size": 4}, federation={"rounds": 2, "min_sites": 2},
+        simulation={"reader": "imagefolder", "root": str(tmp_path / "pool"), "partition": "iid", "sites": 2},
+    )  # fmt: skip
+    sites = load_sites(job, tmp_path)
+    devices = dict(zip(sites.names, ("cuda:0", "cpu"), strict=True))
+    with running(tmp_path, sites, write_hospital, "imagefolder", [job], devices) as found:
+        run = found.submit(job)
+        events = found.finish(run)
+        assert run.status().state == "done", run.status()
+        assert [e["sites"] for e in events if e["event"] == "round"] == [list(sites.names)] * 2
+        logs = ["".join(p.read_text() for p in (tmp_path / "nodes" / s / "logs").iterdir()) for s in sites.names]
+        assert torch.cuda.get_device_name(0) in logs[0]
+        assert "models train on the CPU" in logs[1]
+        expected = paradigms["federated"](Setting(job, sites, Benches(torch.device("cpu")))).models["model"]
+    trained = load_file(run.path / "model.safetensors")
+    far = max(float((trained[name] - value).abs().max()) for name, value in expected.items())
+    record_property("largest difference from a simulation on the CPU", far)
+    assert far < 1e-3
 
 
 def test_what_is_not_approved_does_not_run(federation: Federation) -> None:

@@ -31,6 +31,7 @@ def test_read_and_written_back(tmp_path: Path) -> None:
     assert config.data.labels == {"melanom": "melanoma"}
     assert config.policy.approve == ("0" * 64,)
     assert not config.policy.approve_all
+    assert config.device == "auto"
     save(tmp_path, config)
     assert load(tmp_path) == config
     assert NodeFolder(tmp_path).config.stat().st_mode & 0o777 == 0o600

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from client.workbench import Benches, Workbench, determinism
-from shared_models.errors import FingerprintError
+from client.workbench import Benches, Workbench, determinism, make_device
+from shared_models.errors import ConfigError, FingerprintError
 from shared_models.job import Job
 
 CPU = torch.device("cpu")
@@ -126,3 +126,15 @@ def test_determinism_lets_cublas_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     with determinism(True):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.parametrize(("count", "found"), [(0, "none that torch can use"), (2, "only 2")])
+def test_a_device_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, count: int, found: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert make_device("cpu") == CPU
+    assert make_device("auto") == torch.device("cuda" if count else "cpu")
+    if count:
+        assert make_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match=f"device 'cuda:2' is asked for, and this machine has {found}"):
+        make_device("cuda:2")
