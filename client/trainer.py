@@ -74,19 +74,24 @@ def gradients(bench: Workbench, batch: Batch, losses: Pieces) -> None:
         try:
             for start in range(0, len(batch), size):
                 part = batch if size >= len(batch) else batch[start : start + size]
-                with bench.autocast():
-                    outputs = bench.task.forward(bench.model, part)
-                    loss = bench.task.loss(outputs, part)  # (B,)
-                for piece, state in losses:
-                    extra = piece.loss(bench.trained, part, outputs, state)
-                    loss = loss if extra is None else loss + extra
-                (loss.mean() if part is batch else loss.sum() / len(batch)).backward()
+                _backward(bench, part, losses, len(batch))
             return
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
         bench.halvings += 1  # out here the exception is gone, and with it what it held in memory
         bench.free()
+
+
+def _backward(bench: Workbench, part: Batch, losses: Pieces, total: int) -> None:
+    """Add this part's share of the mean over `total` samples; nothing of it outlives the call, or the exception."""
+    with bench.autocast():
+        outputs = bench.task.forward(bench.model, part)
+        loss = bench.task.loss(outputs, part)  # (B,)
+    for piece, state in losses:
+        extra = piece.loss(bench.trained, part, outputs, state)
+        loss = loss if extra is None else loss + extra
+    (loss.mean() if len(part) == total else loss.sum() / total).backward()
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,29 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_the_site_says_so(
     again = train(bench, splits.train, instruction(job), [{}, {}])
     assert again.halvings == 0, "what was learnt about the memory stays"
     assert evaluate(bench, splits.test)["confusion"].sum() == len(splits.test), "measuring keeps within it too"
+
+
+def test_a_part_that_failed_lets_go_of_its_memory_before_the_halves_are_tried(
+    make_job: MakeJob, make_splits: MakeSplits
+) -> None:
+    """Memory that runs out on the way back: outputs and graph of the failed part must not stand in the next one's way."""
+    bench = Workbench(make_job(train={"batch_size": 16}), CPU)
+    kept: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def forward(module: nn.Module, given: tuple[Any, ...], outputs: Tensor) -> None:
+        alive.append(sum(ref() is not None for ref in kept))
+        kept.append(weakref.ref(outputs))
+        if len(outputs) > 4:
+            outputs.register_hook(fail)
+
+    def fail(grad: Tensor) -> None:
+        raise torch.OutOfMemoryError("too large for this device")
+
+    bench.model.register_forward_hook(forward)
+    progress = train(bench, make_splits(1).train, instruction(bench.job), [{}, {}])
+    assert progress.halvings == 2
+    assert set(alive) == {0}
 
 
 def test_the_contribution_carries_the_halvings(make_job: MakeJob, make_splits: MakeSplits) -> None:
