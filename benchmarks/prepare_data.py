@@ -2,8 +2,8 @@
 
     python benchmarks/prepare_data.py <folder that holds the data sets> <folder for the files>
 
-AG News gets a header, Multi30k's files the names of their parts, CIFAR-10 becomes one archive of a subset, train and
-test from its own.
+AG News gets a header, Multi30k's files the names of their parts, CIFAR-10 becomes one archive of a subset and MNIST
+one of all, train and test from their own; of Shakespeare, what all but the ten roles say that speak most stands apart.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import csv
 import gzip
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 CIFAR = {"train": (4000, "train", 0), "val": (1000, "train", 4000), "test": (2000, "test", 0)}  # images, file, first
+ROLES = 10  # those of examples/shakespeare.toml
 MULTI30K = {"train": ("train", 6000), "val": ("val", 500), "test": ("test_2016_flickr", 500)}
 
 
@@ -52,9 +54,32 @@ def cifar10(source: Path, target: Path) -> None:
     np.savez_compressed(target / "cifar10.npz", **arrays)
 
 
+def mnist(source: Path, target: Path) -> None:
+    """`mnist.npz`, as MedMNIST names its arrays; the last 5,000 training images are for validation."""
+    with np.load(source / "mnist.npz") as file:
+        x, y, arrays = file["x_train"], file["y_train"], {"test_images": file["x_test"], "test_labels": file["y_test"]}
+    for part, rows in {"train": slice(-5000), "val": slice(-5000, None)}.items():
+        arrays |= {f"{part}_images": x[rows], f"{part}_labels": y[rows]}
+    np.savez_compressed(target / "mnist.npz", **arrays)
+
+
+def shakespeare(source: Path, target: Path) -> None:
+    """`other_roles.txt`: what a model may have read before it comes to the ten roles that speak most."""
+    speeches = (source / "input.txt").read_text(encoding="utf-8").split("\n\n")
+    spoken = [(speech.partition(":\n")[0], speech) for speech in speeches]
+    said = Counter[str]()
+    for role, speech in spoken:
+        said[role] += len(speech)
+    most = {role for role, _ in said.most_common(ROLES)}
+    others = "\n\n".join(speech for role, speech in spoken if role not in most)
+    (target / "other_roles.txt").write_text(others, encoding="utf-8")
+
+
 if __name__ == "__main__":
     origin, goal = map(Path, sys.argv[1:3])
     goal.mkdir(parents=True, exist_ok=True)
     ag_news(origin / "ag_news_test", goal)
     multi30k(origin / "multi30k", goal)
     cifar10(origin / "cifar10", goal)
+    mnist(origin / "mnist", goal)
+    shakespeare(origin / "tinyshakespeare", goal)

@@ -4,11 +4,13 @@
     FEDZOO_DATA=<folder> python benchmarks/real_data.py heart      one of them, again
     python benchmarks/real_data.py --write                         only the page, from benchmarks/results/real_data/
 
-Each is one `fedzoo compare` command, which stands above its table.
+Each is one `fedzoo compare` command, which stands above its table. A model that several of them start from is trained
+once, into the folder that FEDZOO_WEIGHTS names.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from pathlib import Path
 from simulations import results
 from simulations.report import as_markdown
 from simulations.results import Comparison
-from simulations.statistics import verdicts
+from simulations.statistics import paired, verdicts
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "real_data"
@@ -34,6 +36,16 @@ NEWS = "examples/ag-news.toml --place federated --seeds 3"
 BART = "--set model.name=bart --set task.name=denoising"
 T5 = "--set model.name=t5 --set task.name=denoising --set task.noise=spans"
 TRANSLATION = "examples/translation.toml --place federated"
+PRETEXT = "examples/pretext.toml --place federated"
+RANDOM = "--set stages.pretext.federation.rounds=1 --set stages.pretext.train.lr=1e-9"
+ALONE = "--set place=centralized --set simulation.partition=iid --set simulation.sites=1 --set federation.min_sites=1"
+BEFORE = {
+    "vit": "examples/digits-vit.toml --set simulation.reader=npz --set simulation.root=$FEDZOO_PREPARED/mnist.npz "
+    f"--set federation.rounds=2 {ALONE}",
+    "gpt": "GPT_BEFORE",
+}
+VIT = "examples/digits-vit.toml --place federated --set weights.file=vit/model.safetensors --set federation.rounds=25"
+GPT = "examples/shakespeare.toml --place federated --set weights.file=gpt/model.safetensors GPT_REST"
 TITLES = {
     "chest-xray": ("Pneumonia in chest X-rays, four label-skewed sites", "examples/chest-xray.toml"),
     "heart": ("Heart disease in four hospitals as they are, logistic regression", "examples/heart.toml --seeds 5"),
@@ -50,11 +62,28 @@ TITLES = {
     "shakespeare": ("Shakespeare by role: GPT", "examples/shakespeare.toml"),
     "news-bert": ("News: BERT finds hidden tokens", NEWS),
     "news-bart": ("News: BART fills gaps", f"{NEWS} {BART} --set federation.rounds=6"),
-    "news-t5": ("News: T5 fills gaps", f"{NEWS} {T5} --set federation.rounds=6"),
-    "translation": ("English to German: a Transformer", f"{TRANSLATION} --seeds 1 --set federation.rounds=5"),
+    "news-t5": ("News: T5 fills gaps", f"{NEWS} {T5} --set federation.rounds=15 --set train.lr=0.006"),
+    "translation": ("English to German: a Transformer", f"{TRANSLATION} --seeds 3 --set federation.rounds=5"),
+    "captions": ("Photographs and captions: CLIP", "examples/captions.toml"),
+    "pretext-random": ("CIFAR-10, few labels: a linear probe on random features", f"{PRETEXT} {RANDOM}"),
+    "pretext-rotation": ("The probe after rotation", PRETEXT),
+    "pretext-jigsaw": ("The probe after jigsaw puzzles", f"{PRETEXT} --set stages.pretext.task.name=jigsaw"),
+    "pretext-colorization": (
+        "The probe after colorization",
+        f"{PRETEXT} --set stages.pretext.task.name=colorization",
+    ),
+    "vit-whole": ("A ViT that knows MNIST learns digits of three other sites: all of it", f"{VIT} --set train.lr=0.1"),
+    "vit-lora": ("The same with adapters (LoRA)", f"{VIT} --set lora.rank=4 --set train.lr=0.4"),
+    "gpt-whole": ("GPT2_TITLE", f"{GPT} GPT_LR"),
+    "gpt-lora": ("The same with adapters (LoRA)", f"{GPT} LORA_LR"),
     "anomalies": ("Digits: an autoencoder finds the anomalous class", "examples/anomalies.toml"),
     "clusters": ("Digits: k-means from merged sums", "examples/clusters.toml"),
 }
+NEEDS = {"vit-whole": "vit", "vit-lora": "vit", "gpt-whole": "gpt", "gpt-lora": "gpt"}
+AGAINST = {
+    "pretext-rotation": "pretext-random", "pretext-jigsaw": "pretext-random", "pretext-colorization": "pretext-random",
+    "vit-lora": "vit-whole", "gpt-lora": "gpt-whole",
+}  # fmt: skip
 NOTES = {
     "heart": """
 To be compared with FLamby (Ogier du Terrail et al. 2022, 5 seeds, mean over the four clients' tests): pooled 73.5,
@@ -84,7 +113,7 @@ In this budget it stays below that.
 """,
     "translation": """
 Byte frequencies alone give a perplexity of 23.1, pairs 9.00
-(`python benchmarks/text_baselines.py examples/translation.toml`). One seed.
+(`python benchmarks/text_baselines.py examples/translation.toml`).
 """,
     "cells-faster-rcnn": """
 The split into train, validation and test is the data's own; sites are drawn from all images at random.
@@ -108,8 +137,21 @@ def command(name: str) -> list[str]:
     return ["compare", *TITLES[name][1].split()]
 
 
+def pretrained(name: str) -> list[str]:
+    """The words that make the model which a comparison starts from."""
+    made = NEEDS[name]
+    return ["simulate", *BEFORE[made].split(), "--out", f"$FEDZOO_WEIGHTS/{made}"]
+
+
 def run(name: str) -> None:
     """One comparison, its pictures left out: they show the data."""
+    if name in NEEDS:
+        weights = os.environ.get("FEDZOO_WEIGHTS")
+        if not weights:
+            raise SystemExit(f"error: {name} starts from a trained model. Name a folder for it in FEDZOO_WEIGHTS")
+        if not (Path(weights) / NEEDS[name] / "model.safetensors").exists():
+            words = [sys.executable, "-m", "fedzoo", *map(os.path.expandvars, pretrained(name)), "--json"]
+            subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "fedzoo", *command(name), "--out", f"{folder}/out", "--json"]
         subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -118,12 +160,31 @@ def run(name: str) -> None:
     results.save(found.model_copy(update={"pictures": [], "command": told}), KEPT / f"{name}.json")
 
 
+def difference(name: str, found: Comparison) -> str:
+    """A sentence on this comparison's federated cell and that of the one it is measured against, seed by seed."""
+    other = results.load(KEPT / f"{AGAINST[name]}.json")
+    here, there = (c.cell("federated", "offline") for c in (found, other))
+    if not here or not there:
+        raise SystemExit(f"error: {name} and {AGAINST[name]} both need a federated cell")
+    apart, measure = paired(here.all_sites, there.all_sites), found.headline
+    low, high = (measure.figure(value or 0.0) for value in (apart.low, apart.high))
+    sent = here.budget.bytes_up / there.budget.bytes_up
+    wire = f" {100 * sent:.1f} % of its bytes go up." if name in NEEDS else ""
+    return (
+        f'- Against "{TITLES[AGAINST[name]][0]}": {measure.figure(apart.mean)} {measure.step(found.metric)} '
+        f"(95 % interval {low} to {high}, {apart.n} seeds{measure.judged(apart.mean)}).{wire}\n"
+    )
+
+
 def section(name: str, found: Comparison) -> str:
     """Title, command, hardware, tables and what may be said."""
     where = f"{found.environment['cpu']}, {found.environment['device']}, torch {found.environment['torch']}"
     split = f"partition {found.partition.kind}, hash `{found.partition.hash[:16]}`"
     said = "".join(f"- {line}\n" for line in verdicts(found))
-    shown = f"    {found.command}\n{NOTES.get(name, '')}\n{where}; {split}.\n\n{as_markdown(found)}"
+    if name in AGAINST and (KEPT / f"{AGAINST[name]}.json").exists():
+        said += difference(name, found)
+    before = f"    fedzoo {' '.join(pretrained(name))}\n" if name in NEEDS else ""
+    shown = f"{before}    {found.command}\n{NOTES.get(name, '')}\n{where}; {split}.\n\n{as_markdown(found)}"
     return f"\n## {TITLES[name][0]}\n\n{shown}\n{said}"
 
 
