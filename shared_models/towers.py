@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared_models.models import Shape
@@ -77,15 +79,24 @@ class Convolutions(nn.Module):
 
     The point is made of the mean of every channel of every stage over each quarter of the image: of what is where in
     colours, in edges and in what is made of these. (B, C, H, W) -> (B, E).
+
+    Args:
+        channels: of each convolution.
+        norm: of the means: over those of one image (`layer`), or each over the images of a batch (`batch`).
+        dropout: of the normalised means.
+        shape: of an image, (C, H, W).
+        outputs: E.
     """
 
-    def __init__(self, channels: Sequence[int], dropout: float, shape: Shape, outputs: int) -> None:
+    def __init__(
+        self, channels: Sequence[int], norm: Literal["layer", "batch"], dropout: float, shape: Shape, outputs: int
+    ) -> None:
         super().__init__()
         self.stages = nn.ModuleList()
         for i, (before, after) in enumerate(pairwise((shape[0], *channels))):
             convolution = nn.Conv2d(before, after, 3, stride=1 if i else 2, padding=1)
             self.stages.append(nn.Sequential(convolution, norm_layer("group", after), nn.ReLU(), nn.MaxPool2d(2)))
-        self.norm = nn.LayerNorm(4 * sum(channels))
+        self.norm = BatchNorm(4 * sum(channels)) if norm == "batch" else nn.LayerNorm(4 * sum(channels))
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(4 * sum(channels), outputs)
 
@@ -97,6 +108,16 @@ class Convolutions(nn.Module):
             means.append(quarters(x))
         point: Tensor = self.head(self.dropout(self.norm(torch.cat(means, dim=1))))
         return point
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation, (B, F) -> (B, F); an image that is alone in its batch takes the running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of a single image no deviation can be had, where torch's own raises."""
+        if len(x) > 1 or not self.training:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 def quarters(x: Tensor) -> Tensor:

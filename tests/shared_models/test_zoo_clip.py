@@ -21,7 +21,7 @@ from shared_models.messages import Budget, Instruction
 from shared_models.models import configure
 from shared_models.tasks.base import Batch, make_task
 from shared_models.tokens import BEGIN, END, PAD, TEXT, Bytes
-from shared_models.towers import Bag, quarters
+from shared_models.towers import Bag, BatchNorm, quarters
 from shared_models.weights import load_weights
 from shared_models.zoo.clip import RENAMES, convert
 
@@ -224,8 +224,35 @@ def test_an_image_in_quarters() -> None:
     assert quarters(torch.ones(1, 2, 1, 1)).tolist() == [[1.0] * 8]
 
 
+def test_batch_normalisation_by_hand_and_of_an_image_alone() -> None:
+    """Torch's own, which cannot train on a single image: that one takes what was measured before and moves nothing."""
+    norm, x = BatchNorm(2), torch.tensor([[1.0, 4.0], [3.0, 4.0]])
+    torch.testing.assert_close(norm(x), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), atol=1e-4, rtol=0)
+    measured = {k: v.clone() for k, v in norm.state_dict().items()}
+    assert measured["running_mean"].tolist() == pytest.approx([0.2, 0.4])
+    alone = norm(x[:1])
+    assert all(torch.equal(v, measured[k]) for k, v in norm.state_dict().items())
+    expected = (x[:1] - measured["running_mean"]) / (measured["running_var"] + norm.eps).sqrt()
+    torch.testing.assert_close(alone, expected)
+    assert torch.equal(norm.eval()(x)[:1], alone)
+
+
+def test_images_see_each_other_only_in_training_and_only_where_the_job_says_so() -> None:
+    """With `norm = "batch"` the zoo says so of the model; the running statistics are averaged over sites."""
+    x = torch.randn(3, 3, 16, 16)
+    for norm, seen in (("layer", False), ("batch", True)):
+        net = build((3, 16, 16, 24, 293), norm=norm)
+        assert torch.allclose(net.vision(x)[:1], net.vision(x[:1]), atol=1e-4) is not seen
+        net.eval()
+        torch.testing.assert_close(net.vision(x)[:1], net.vision(x[:1]), atol=1e-5, rtol=1e-4)
+        chosen, settings = configure("clip", {"norm": norm})
+        assert chosen.unit(settings) == ("batch" if seen else "sample")
+        sent = Workbench(a_job(model={"norm": norm}), torch.device("cpu")).spec.sent
+        assert ("vision.norm.running_var" in sent) is seen
+
+
 # ---- learning --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", [{}, {"vision": "vit", "text": "transformer", "patch": 4}])
+@pytest.mark.parametrize("kind", [{}, {"norm": "batch"}, {"vision": "vit", "text": "transformer", "patch": 4}])
 def test_sixteen_pairs_are_learned_by_heart(kind: dict[str, Any]) -> None:
     job = a_job(model=kind, gallery=16)
     source = torch.Generator().manual_seed(0)
