@@ -42,10 +42,11 @@ ALONE = "--set place=centralized --set simulation.partition=iid --set simulation
 BEFORE = {
     "vit": "examples/digits-vit.toml --set simulation.reader=npz --set simulation.root=$FEDZOO_PREPARED/mnist.npz "
     f"--set federation.rounds=2 {ALONE}",
-    "gpt": "GPT_BEFORE",
+    "gpt": "examples/shakespeare.toml --set simulation.root=$FEDZOO_PREPARED/other_roles.txt --set federation.rounds=4 "
+    f"--set train.epochs=1 {ALONE}",
 }
 VIT = "examples/digits-vit.toml --place federated --set weights.file=vit/model.safetensors --set federation.rounds=25"
-GPT = "examples/shakespeare.toml --place federated --set weights.file=gpt/model.safetensors GPT_REST"
+GPT = "examples/shakespeare.toml --place federated --set weights.file=gpt/model.safetensors --set federation.rounds=5"
 TITLES = {
     "chest-xray": ("Pneumonia in chest X-rays, four label-skewed sites", "examples/chest-xray.toml"),
     "heart": ("Heart disease in four hospitals as they are, logistic regression", "examples/heart.toml --seeds 5"),
@@ -74,8 +75,8 @@ TITLES = {
     ),
     "vit-whole": ("A ViT that knows MNIST learns digits of three other sites: all of it", f"{VIT} --set train.lr=0.1"),
     "vit-lora": ("The same with adapters (LoRA)", f"{VIT} --set lora.rank=4 --set train.lr=0.4"),
-    "gpt-whole": ("GPT2_TITLE", f"{GPT} GPT_LR"),
-    "gpt-lora": ("The same with adapters (LoRA)", f"{GPT} LORA_LR"),
+    "gpt-whole": ("A GPT that read all other roles learns the ten: all of it", f"{GPT} --set train.lr=0.001"),
+    "gpt-lora": ("The same with adapters (LoRA)", f"{GPT} --set train.lr=0.01 --set lora.rank=16"),
     "anomalies": ("Digits: an autoencoder finds the anomalous class", "examples/anomalies.toml"),
     "clusters": ("Digits: k-means from merged sums", "examples/clusters.toml"),
 }

@@ -78,7 +78,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_the_site_says_so(
 def test_a_part_that_failed_lets_go_of_its_memory_before_the_halves_are_tried(
     make_job: MakeJob, make_splits: MakeSplits
 ) -> None:
-    """Memory that runs out on the way back: outputs and graph of the failed part must not stand in the next one's way."""
+    """Memory that runs out on the way back: outputs and graph of the failed part must not stand in the next's way."""
     bench = Workbench(make_job(train={"batch_size": 16}), CPU)
     kept: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
