@@ -10,12 +10,13 @@ from flwr.app import Context, Message
 
 from client.config import ClientConfig, NodeFolder, load
 from client.handler import Handler
+from client.ledger import open_ledger
 from client.policy import Policy
 from client.readers import read
 from client.readers.base import Splits, Wanted, split
 from client.state import DiskState
 from client.workbench import Benches
-from shared_models.errors import FedzooError
+from shared_models.errors import FedzooError, PrivacyError
 from shared_models.flower import from_record, to_record
 from shared_models.job import Job
 from shared_models.messages import Contribution
@@ -45,8 +46,15 @@ def client_app(
         as_written=True,
         later=lambda: load(node_dir).policy.approve,
         statistics=config.policy.statistics,
+        privacy=config.privacy.require,
     )
-    handler = Handler(config.site, NodeData(config), DiskState(folder.state, config.site), policy, Benches())
+    ledger = open_ledger(node_dir, config)
+    try:
+        ledger.begin()
+    except PrivacyError as error:  # jobs that book nothing may run nevertheless
+        log.error("%s", error)
+    state = DiskState(folder.state, config.site)
+    handler = Handler(config.site, NodeData(config), state, policy, Benches(), ledger=ledger, dataset=config.dataset)
 
     def answer(message: Message, context: Context) -> Message:
         try:

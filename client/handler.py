@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from client.booking import Bookings
+from client.ledger import Ledger, MemoryLedger
 from client.policy import Policy
 from client.readers.base import Examples, Splits
 from client.state import State
@@ -40,10 +42,21 @@ class Handler:
         benches: the workbench of a job; shared by all sites of a process.
         check: whether the site checks its own answer before it leaves; an engine in whose process the round loop checks
             the very same tensors need not do it twice.
+        ledger: where it books what a round with privacy spends.
+        dataset: the name under which it books.
     """
 
     def __init__(
-        self, site: str, data: Data, state: State, policy: Policy, benches: Benches, *, check: bool = True
+        self,
+        site: str,
+        data: Data,
+        state: State,
+        policy: Policy,
+        benches: Benches,
+        *,
+        check: bool = True,
+        ledger: Ledger | None = None,
+        dataset: str = "",
     ) -> None:
         self.site = site
         self.data = data
@@ -51,6 +64,7 @@ class Handler:
         self.policy = policy
         self.benches = benches
         self.check = check
+        self.bookings = Bookings(ledger or MemoryLedger(), dataset or site)
 
     def handle(self, instruction: Instruction) -> Contribution:
         """Do what is asked, or answer with a code. Never raises: what went wrong is logged here and stays here.
@@ -84,6 +98,7 @@ class Handler:
         stored = self.state.replay(instruction)
         if stored is not None:
             log.info("round %d was answered before; the same answer is sent again", instruction.round)
+            self.bookings.answered(instruction)
             return stored
         if instruction.kind == "statistics":
             return self._statistics(instruction, splits.train)
@@ -171,6 +186,7 @@ class Handler:
         if self.check:
             check_contribution(reply, instruction, down, instruction.job.federation.max_update_norm)
         self.state.save(instruction, after, reply)
+        self.bookings.answered(instruction)
         return reply
 
     def _end_task(

@@ -109,6 +109,11 @@ def encode_instruction(instruction: Instruction) -> tuple[bytes, bytes]:
     return head.model_dump_json().encode(), blob
 
 
+def digest(instruction: Instruction) -> str:
+    """SHA-256 of all that an instruction says, its tensors too: equal only for one that asks for the very same."""
+    return hashlib.sha256(encode_instruction(instruction)[0]).hexdigest()
+
+
 def _step(job: Job, stage: int) -> Job:
     if stage >= len(job.steps):
         raise Rejected(f"stage {stage} of a job that has {len(job.steps)}", code="malformed")
