@@ -37,7 +37,7 @@ def enroll(
 
 @app.command()
 def check(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
-    """Look whether data and ledger can be read and the server reached, and who this node is. Ends with 1 on a problem."""
+    """Look whether data and ledger can be read, the server reached, and who this node is. Ends with 1 on a problem."""
     from client.config import NodeFolder, load
     from client.enroll import whoami
     from client.ledger import open_ledger

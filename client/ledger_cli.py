@@ -46,22 +46,25 @@ def _say(account: dict[str, Any], current: str) -> None:
     left = "no cap" if cap is None else f"cap {cap:g}, left {account['left']:.4g}"
     typer.echo(f"  {_guarantee(account)}; {left}")
     if account["converted"]:
-        typer.echo("  rounds with unit client are counted for one example, without sampling; see docs/ledger.md")
+        typer.echo("  rounds with unit client count here at half their noise and without sampling (docs/ledger.md)")
     if not account["runs"]:
         typer.echo("  no round has been booked")
     for run in account["runs"]:
-        rounds = f"{run['rounds']} rounds ({run['first_round']} to {run['last_round']})"
-        typer.echo(f"  run {run['run']}, job {run['job'] or 'unknown'}: {rounds}")
+        typer.echo(f"  run {run['run']}, job {run['job'] or 'unknown'}: {_rounds(run['rounds'])}")
         typer.echo(f"    alone {_guarantee(run)}")
         for step in run["mechanisms"]:
             typer.echo(f"    noise {step['noise']:.4g}, sampling rate {step['rate']:.4g}, {step['steps']} steps")
         if run["unanswered"]:
-            typer.echo(f"    {run['unanswered']} of them booked and not answered; they count")
+            typer.echo(f"    {run['unanswered']} booked and not answered; counted all the same")
 
 
 def _guarantee(spent: dict[str, Any]) -> str:
     epsilon = "infinite" if spent["epsilon"] is None else f"{spent['epsilon']:.4g}"
     return f"epsilon {epsilon} at delta {spent['delta']:g}, unit {spent['unit']} (neighbours: {spent['relation']})"
+
+
+def _rounds(numbers: list[int]) -> str:
+    return f"{len(numbers)} rounds ({numbers[0]} to {numbers[-1]})" if numbers[1:] else f"1 round ({numbers[0]})"
 
 
 def _shown(name: str) -> str:

@@ -43,7 +43,7 @@ def _account(name: str, entries: Sequence[Entry], cap: float, delta: float) -> d
         "relation": RELATIONS[unit],
         "accountant": "rdp",
         "cap_epsilon": _finite(cap),
-        "left": _finite(max(0.0, cap - spent)) if math.isfinite(spent) else 0.0,
+        "left": None if math.isinf(cap) else max(0.0, cap - spent),
         "converted": unit == "sample" and any(e.unit == "client" for e in entries),
         "runs": [_run(run, mine, delta) for run, mine in by_run.items()],
     }
@@ -54,9 +54,7 @@ def _run(run: str, entries: Sequence[Entry], delta: float) -> dict[str, Any]:
     return {
         "run": run,
         "job": entries[-1].job,
-        "rounds": len(entries),
-        "first_round": min(e.round for e in entries),
-        "last_round": max(e.round for e in entries),
+        "rounds": sorted(e.round for e in entries),
         "unanswered": sum(not e.answered for e in entries),
         "unit": unit,
         "relation": RELATIONS[unit],

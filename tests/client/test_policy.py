@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,3 +163,50 @@ def test_approval_while_the_node_runs(make_job: Callable[..., Job]) -> None:
         policy.require(instruction)
     agreed.append(job.hash)
     policy.require(instruction)
+
+
+# ---- jobs without privacy --------------------------------------------------------------------------------------------
+def with_mode(job: Job, mode: str) -> Job:
+    """The job as if its [privacy] said so."""
+    job.__dict__["privacy"] = SimpleNamespace(mode=mode)
+    return job
+
+
+@pytest.mark.parametrize(
+    ("required", "taken"),
+    [
+        ("none", {"none", "sample", "client"}),
+        ("sample", {"sample"}),
+        ("client", {"client"}),
+        ("any", {"sample", "client"}),
+    ],
+)
+def test_a_site_can_take_only_jobs_with_privacy(make_job: Callable[..., Job], required: str, taken: set[str]) -> None:
+    """However they were approved, and whatever they ask for."""
+    for mode in ("none", "sample", "client"):
+        job = with_mode(make_job(), mode)
+        for policy in (Policy([job.hash], privacy=required), Policy(approve_all=True, privacy=required)):  # type: ignore[arg-type]
+            for kind in KINDS:
+                if mode in taken:
+                    policy.require(ask(job, kind))
+                else:
+                    with pytest.raises(PolicyError, match=f"privacy mode '{mode}', and this site takes only") as caught:
+                        policy.require(ask(job, kind))
+                    assert caught.value.code == "privacy-required"
+
+
+def test_every_stage_must_be_of_the_required_mode(make_job: Callable[..., Job]) -> None:
+    stages = [{"name": "one"}, {"name": "two", "train": {"lr": 0.2}}]
+    job = make_job(stages=stages)
+    with_mode(job.steps[0], "sample")
+    policy = Policy(approve_all=True, privacy="sample")
+    with pytest.raises(PolicyError, match="privacy mode 'none'"):
+        policy.require(ask(job.steps[0]))
+    with_mode(job.steps[1], "sample")
+    policy.require(ask(job.steps[0]))
+
+
+def test_an_unapproved_job_is_not_told_what_the_site_requires(make_job: Callable[..., Job]) -> None:
+    with pytest.raises(PolicyError) as caught:
+        Policy(privacy="sample").require(ask(make_job()))
+    assert caught.value.code == "not-approved"
