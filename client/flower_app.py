@@ -12,8 +12,10 @@ from client.config import ClientConfig, NodeFolder, load
 from client.handler import Handler
 from client.ledger import open_ledger
 from client.policy import Policy
+from client.protection import Protection
 from client.readers import read
 from client.readers.base import Splits, Wanted, split
+from client.secret import load_secret
 from client.state import DiskState
 from client.workbench import Benches
 from shared_models.errors import FedzooError, PrivacyError
@@ -53,8 +55,9 @@ def client_app(
         ledger.begin()
     except PrivacyError as error:  # jobs that book nothing may run nevertheless
         log.error("%s", error)
+    protection = Protection(config.site, ledger, config.dataset, lambda _: load_secret(folder.secret))
     state = DiskState(folder.state, config.site)
-    handler = Handler(config.site, NodeData(config), state, policy, Benches(), ledger=ledger, dataset=config.dataset)
+    handler = Handler(config.site, NodeData(config), state, policy, Benches(), protection=protection)
 
     def answer(message: Message, context: Context) -> Message:
         try:

@@ -21,12 +21,8 @@ from typing import Any, Protocol
 from client.config import ClientConfig, NodeFolder
 from client.logbook import Logbook, Record
 from shared_models.errors import PrivacyError
-from shared_models.privacy import Spend, epsilon
+from shared_models.privacy import RELATIONS, Spend, epsilon, merged
 
-RELATIONS = {
-    "sample": "one training example more or less",
-    "client": "the whole site present or absent",
-}
 Key = tuple[str, int, int]
 
 
@@ -131,7 +127,7 @@ class MemoryLedger:
             self._entries[entry.key] = entry
 
     def answered(self, run: str, task: int, round: int) -> None:
-        """Note it."""
+        """Note it. The same round may be simulated again: what is drawn for it is the same, and nothing leaves."""
         key = (run, task, round)
         if key in self._entries:
             self._entries[key] = replace(self._entries[key], answered=True)
@@ -185,9 +181,11 @@ class DiskLedger:
         """Book it on the disk."""
         entry = Entry(dataset, run, task, round, spend, delta, unit, digest, job, time.time())
         with self._book.held() as book:
-            if _is_new(entry, _entries(book.records), self.cap_epsilon, self.delta):
+            known = _entries(book.records)
+            if _is_new(entry, known, self.cap_epsilon, self.delta):
                 book.append({"booked": {k: v for k, v in asdict(entry).items() if k != "answered"}})
             else:
+                _require_unanswered(entry.key, known)
                 book.settle()
 
     def answered(self, run: str, task: int, round: int) -> None:
@@ -205,18 +203,21 @@ class DiskLedger:
 def composed(entries: Iterable[Entry]) -> tuple[str, list[Spend]]:
     """(unit, spends) of a data set's entries together.
 
-    The unit is `client` where all entries have it, else `sample`. A round that hides whether the site is there at all
-    hides one example too: two data sets that differ by it give two contributions of the site, each within the clip,
-    which differ by twice the clip at most. It counts as half its noise, without the amplification by sampling, which
-    holds for presence or absence only.
+    The unit is `client` where all entries have it, else `sample`.
+
+    A round that hides the whole site counts with a sampling rate of 1. Its amplification belongs to all rounds of a
+    run, and the ledger has only those that the site took part in.
+
+    It hides one example too: two data sets that differ by it give two contributions of the site, each within the clip,
+    which lie twice the clip apart at most. So beside rounds with unit `sample` it counts at half its noise.
     """
     entries = list(entries)
     unit = "client" if entries and all(e.unit == "client" for e in entries) else "sample"
-    steps: dict[tuple[float, float], int] = {}
+    spends = []
     for e in entries:
-        mechanism = (e.spend.noise, e.spend.rate) if e.unit == unit else (e.spend.noise / 2, 1.0)
-        steps[mechanism] = steps.get(mechanism, 0) + e.spend.steps
-    return unit, [Spend(noise, rate, n) for (noise, rate), n in sorted(steps.items())]
+        share = 1.0 if e.unit == unit else 0.5
+        spends.append(e.spend if e.unit == "sample" else replace(e.spend, noise=e.spend.noise * share, rate=1.0))
+    return unit, sorted(merged(spends), key=lambda s: (s.noise, s.rate))
 
 
 def spent(entries: Iterable[Entry], delta: float) -> float:
@@ -235,14 +236,6 @@ def _is_new(entry: Entry, known: Mapping[Key, Entry], cap: float, delta: float) 
                 hint="Ask the server's operator why the round was changed",
                 code="privacy-altered",
             )
-        later = [e for e in known.values() if e.run == entry.run][-1]
-        if before.answered or later is not before:
-            raise PrivacyError(
-                f"{where} was {'answered' if before.answered else 'followed by others'}, and its answer is not kept "
-                "any more; it must not be computed a second time",
-                hint="Ask the server's operator why an old round is asked for",
-                code="privacy-repeated",
-            )
         return False
     if cap == math.inf:
         return True
@@ -253,11 +246,25 @@ def _is_new(entry: Entry, known: Mapping[Key, Entry], cap: float, delta: float) 
         raise PrivacyError(
             f"{where} of job '{entry.job}' would bring data set '{entry.dataset}' to epsilon {after:.4g} at delta "
             f"{delta:g} (unit: {unit}; neighbours: {RELATIONS[unit]}), above this site's cap of {cap:g}",
-            hint="Nothing was trained. `fedzoo client ledger show` lists what was spent; "
-            "the cap is cap_epsilon in [privacy] of client.toml",
+            hint="Nothing was trained. `fedzoo client ledger show` lists what was spent; the cap is cap_epsilon in "
+            "[privacy] of client.toml",
             code="privacy-cap",
         )
     return True
+
+
+def _require_unanswered(key: Key, known: Mapping[Key, Entry]) -> None:
+    """Raise where the round's answer may have left: a second one of other data would have the same noise."""
+    before = known[key]
+    last = [e for e in known.values() if e.run == before.run][-1]
+    if before.answered or last is not before:
+        raise PrivacyError(
+            f"round {before.round} of run '{before.run}' was "
+            f"{'answered' if before.answered else 'followed by others'}, and its answer is not kept any more; it must "
+            "not be computed a second time",
+            hint="Ask the server's operator why an old round is asked for",
+            code="privacy-repeated",
+        )
 
 
 def _require_mechanism(entry: Entry) -> None:

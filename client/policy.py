@@ -83,11 +83,11 @@ class Policy:
 
     def _require_privacy(self, job: Job) -> None:
         taken = {"none": None, "any": ("sample", "client")}.get(self.privacy, (self.privacy,))
-        wrong = [mode for mode in map(privacy_mode, job.steps) if taken is not None and mode not in taken]
+        wrong = [mode for mode in map(_guarantee, job.steps) if taken is not None and mode not in taken]
         if wrong:
             raise PolicyError(
-                f"job '{job.name}' has the privacy mode '{wrong[0]}', and this site takes only jobs with "
-                f"{' or '.join(taken or ())}",
+                f"job '{job.name}' gives no guarantee that this site requires ({' or '.join(taken or ())}): its "
+                f"privacy mode is '{job.privacy.mode}'{' without noise' if job.privacy.noise == 0 else ''}",
                 hint="It is `require` in [privacy] of client.toml",
                 code="privacy-required",
             )
@@ -100,9 +100,9 @@ class Policy:
             write_whole(path, job.to_toml())
 
 
-def privacy_mode(job: Job) -> str:
-    """`none`, `sample` or `client`."""
-    return str(getattr(getattr(job, "privacy", None), "mode", "none"))
+def _guarantee(job: Job) -> str:
+    """The privacy mode, where there is any noise."""
+    return "none" if job.privacy.noise == 0 else job.privacy.mode
 
 
 def _is_as_written(instruction: Instruction) -> bool:

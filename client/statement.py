@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from client.ledger import RELATIONS, Entry, composed
-from shared_models.privacy import Spend, epsilon
+from client.ledger import Entry, composed
+from shared_models.privacy import RELATIONS, Spend, epsilon
 
 
 def statement(entries: Iterable[Entry], cap: float, delta: float, current: str) -> list[dict[str, Any]]:

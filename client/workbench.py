@@ -29,6 +29,7 @@ class Workbench:
 
     Attributes:
         halvings: how often a batch had to be halved so far because memory ran out; it stays for the next rounds.
+        agreed: whether per-sample gradients were compared with a one-sample loop.
     """
 
     def __init__(self, job: Job, device: torch.device | None = None, start: Mapping[str, Tensor] | None = None) -> None:
@@ -41,6 +42,7 @@ class Workbench:
         self.pieces = make_pieces(job)
         self.augment = Augment(job.augment, self.task.target, job.data.shape) if job.augment.active else None
         self.halvings = 0
+        self.agreed = False
         self.entries: dict[str, Tensor] = {k: v.detach() for k, v in self.model.state_dict(keep_vars=True).items()}
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(job.train, list(self.trained.values()))

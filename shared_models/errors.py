@@ -9,7 +9,7 @@
     ├── DataError              private data that cannot be read as the job asks
     ├── FingerprintError       two sides that would not train the same model
     ├── PolicyError            the site has not approved what was asked of it
-    ├── PrivacyError           a round that the site's ledger or secret does not allow
+    ├── PrivacyError           a round that the site's ledger, its secret or the guarantee itself does not allow
     ├── Rejected               a contribution that must not reach the sum
     ├── EnrollmentError        an invite, certificate or key that is refused
     ├── DeploymentError        a port, process or peer that is not there
@@ -81,7 +81,7 @@ class PolicyError(FedzooError):
 
 
 class PrivacyError(FedzooError):
-    """A round that the site's ledger or its secret does not allow; nothing was drawn and nothing leaves."""
+    """A round that the site's ledger, its secret or the guarantee itself does not allow; nothing of it leaves."""
 
     code = "privacy"
 

@@ -1,7 +1,4 @@
-"""A round that spends: booked, drawn, its answer kept, noted, sent; and what is left where it stops in between.
-
-Training is played by `noisy`, which books as a round with privacy does and then draws its noise by a key.
-"""
+"""A round that spends: booked, drawn, its answer kept, noted, sent; and what is left where it stops in between."""
 
 from __future__ import annotations
 
@@ -15,19 +12,21 @@ import torch
 
 import client.handler
 from client.handler import Handler
-from client.ledger import DiskLedger, Ledger
+from client.ledger import DiskLedger
 from client.policy import Policy
+from client.protection import Protection
 from client.readers.base import Splits
+from client.secret import load_secret
 from client.state import DiskState
 from client.workbench import Benches
 from shared_models.job import Job
 from shared_models.messages import Contribution, Instruction
-from shared_models.methods.base import Progress
 from shared_models.privacy import Spend
 from shared_models.spec import build_model
 from shared_models.wire import digest, encode_contribution
 
 CPU = torch.device("cpu")
+PRIVACY = {"mode": "sample", "noise": 1.0, "clip": 0.5, "delta": 1e-3}
 
 
 class Stopped(BaseException):
@@ -40,23 +39,21 @@ class Site:
     def __init__(self, folder: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.splits, self.drawn = folder, splits, 0
         self.benches = Benches(CPU)
-        self.ledger: Ledger = DiskLedger(folder / "ledger", float("inf"), 1e-5)
+        self.ledger = DiskLedger(folder / "ledger", float("inf"), 1e-5)
         self.restart()
-        monkeypatch.setattr(client.handler, "train", self.noisy)
+        train = client.handler.train
 
-    def restart(self, **changed: Any) -> None:
-        given = {"ledger": self.ledger, "dataset": "chest", **changed}
-        state = DiskState(self.folder / "state", "a")
-        self.handler = Handler("a", lambda _: self.splits, state, Policy(approve_all=True), self.benches, **given)
+        def counted(*arguments: Any) -> Any:
+            self.drawn += 1
+            return train(*arguments)
 
-    def noisy(self, bench: Any, data: Any, instruction: Instruction, states: Any) -> Progress:
-        self.handler.bookings.reserve(instruction, Spend(1.0, 0.5, 3), 1e-6, "sample")
-        self.drawn += 1
-        source = torch.Generator().manual_seed(int(digest(instruction)[:15], 16))
-        with torch.no_grad():
-            for parameter in bench.model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=source))
-        return Progress(steps=3, samples=24, lr_sum=0.3)
+        monkeypatch.setattr(client.handler, "train", counted)
+
+    def restart(self, cap: float = float("inf")) -> None:
+        self.ledger = DiskLedger(self.folder / "ledger", cap, 1e-5)
+        protection = Protection("a", self.ledger, "chest", lambda _: load_secret(self.folder / "secret"))
+        state, policy = DiskState(self.folder / "state", "a"), Policy(approve_all=True)
+        self.handler = Handler("a", lambda _: self.splits, state, policy, self.benches, protection=protection)
 
     def ask(self, instruction: Instruction) -> bytes:
         """The answer as it would cross the network, or its code."""
@@ -73,46 +70,57 @@ def site(tmp_path: Path, make_splits: Callable[..., Splits], monkeypatch: pytest
     return Site(tmp_path, make_splits(1), monkeypatch)
 
 
+@pytest.fixture
+def job(make_job: Callable[..., Job]) -> Job:
+    return make_job(privacy=PRIVACY, federation={"rounds": 3})
+
+
 def ask(job: Job, round: int = 0, kind: str = "train", shift: float = 0.0) -> Instruction:
     model, spec = build_model(job)
     down = {"model": {name: model.state_dict()[name] + shift for name in spec.sent}}
     return Instruction(kind, "run", "a", job, spec.fingerprint, round=round, rounds=3, groups=down)  # type: ignore[arg-type]
 
 
-def test_what_is_booked(site: Site, make_job: Callable[..., Job]) -> None:
-    job = make_job()
+def test_what_is_booked(site: Site, job: Job) -> None:
     site.ask(ask(job, 2))
     (entry,) = site.ledger.entries()
     assert (entry.dataset, entry.run, entry.task, entry.round, entry.job) == ("chest", "run", 0, 2, "test")
-    assert (entry.spend, entry.delta, entry.unit) == (Spend(1.0, 0.5, 3), 1e-6, "sample")
+    assert (entry.spend, entry.delta, entry.unit) == (Spend(1.0, 0.25, 4), 1e-3, "sample")  # 30 examples, by 8
     assert entry.digest == digest(ask(job, 2))
     assert entry.answered
 
 
-def test_booked_before_anything_is_drawn_and_refused_without(site: Site, make_job: Callable[..., Job]) -> None:
-    site.restart(ledger=DiskLedger(site.folder / "ledger", 1e-3, 1e-5))
-    assert site.ask(ask(make_job())) == b"privacy-cap"
+def test_booked_before_anything_is_drawn_and_refused_without(site: Site, job: Job) -> None:
+    site.restart(cap=1e-3)
+    assert site.ask(ask(job)) == b"privacy-cap"
     assert (site.drawn, site.booked) == (0, [])
     site.restart()
-    site.ask(ask(make_job()))
-    site.ledger.path.write_bytes(b"")  # type: ignore[attr-defined]
-    assert site.ask(ask(make_job(), 1)) == b"ledger"
+    site.ask(ask(job))
+    whole = site.ledger.path.read_bytes()
+    site.ledger.path.write_bytes(b"")
+    assert site.ask(ask(job, 1)) == b"ledger"
+    site.ledger.path.write_bytes(whole)
+    (site.folder / "secret").chmod(0o644)
+    assert site.ask(ask(job, 1)) == b"secret"
     assert site.drawn == 1
 
 
 @pytest.mark.parametrize("where", ["check_contribution", "save", "answered"])
 def test_stopped_anywhere_the_repeated_round_gives_the_same_bytes_and_is_paid_once(
-    site: Site, make_job: Callable[..., Job], tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+    site: Site, job: Job, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job()
-    undisturbed = Site(tmp_path / "other", site.splits, monkeypatch).ask(ask(job))
-    monkeypatch.setattr(client.handler, "train", site.noisy)
+    other = Site(tmp_path / "other", site.splits, monkeypatch)
+    (tmp_path / "other" / "secret").parent.mkdir(exist_ok=True)
+    (tmp_path / "other" / "secret").write_bytes(load_secret(tmp_path / "secret"))
+    (tmp_path / "other" / "secret").chmod(0o600)
+    undisturbed = other.ask(ask(job))
+    site.drawn = 0
 
     def stop(*_: object) -> None:
         raise Stopped
 
     with pytest.MonkeyPatch.context() as broken:
-        holder = {"check_contribution": client.handler, "save": site.handler.state, "answered": site.handler.bookings}
+        holder = {"check_contribution": client.handler, "save": site.handler.state, "answered": site.ledger}
         broken.setattr(holder[where], where, stop)
         with pytest.raises(Stopped):
             site.ask(ask(job))
@@ -125,23 +133,20 @@ def test_stopped_anywhere_the_repeated_round_gives_the_same_bytes_and_is_paid_on
     assert site.ask(ask(job)) == undisturbed  # and once more, from what was kept
 
 
-def test_a_kept_answer_that_was_not_noted_is_noted_when_it_is_sent_again(
-    site: Site, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = make_job()
+def test_a_kept_answer_that_was_not_noted_is_noted_when_it_is_sent_again(site: Site, job: Job) -> None:
+    def stop(*_: object) -> None:
+        raise Stopped
+
     with pytest.MonkeyPatch.context() as broken:
-        broken.setattr(site.ledger, "answered", lambda *_: (_ for _ in ()).throw(Stopped()))
+        broken.setattr(site.ledger, "answered", stop)
         with pytest.raises(Stopped):
             site.ask(ask(job))
-    monkeypatch.setattr("client.booking.privacy_mode", lambda _: "sample")
     site.restart()
     site.ask(ask(job))
     assert (site.booked, site.drawn) == ([(0, True)], 1)
 
 
-def test_another_model_for_a_booked_round_is_refused(site: Site, make_job: Callable[..., Job]) -> None:
-    job = make_job()
-
+def test_another_model_for_a_booked_round_is_refused(site: Site, job: Job) -> None:
     def stop(*_: object) -> None:
         raise Stopped
 
@@ -154,9 +159,8 @@ def test_another_model_for_a_booked_round_is_refused(site: Site, make_job: Calla
     assert (site.drawn, len(site.booked)) == (1, 1)
 
 
-def test_without_its_state_a_site_does_not_answer_a_round_twice(site: Site, make_job: Callable[..., Job]) -> None:
+def test_without_its_state_a_site_does_not_answer_a_round_twice(site: Site, job: Job) -> None:
     """The stored answer is gone, so the same round would be computed a second time, perhaps of other data."""
-    job = make_job()
     site.ask(ask(job))
     (site.folder / "state").rename(site.folder / "lost")
     site.restart()
@@ -164,8 +168,7 @@ def test_without_its_state_a_site_does_not_answer_a_round_twice(site: Site, make
     assert site.drawn == 1
 
 
-def test_old_rounds_are_not_computed_again(site: Site, make_job: Callable[..., Job]) -> None:
-    job = make_job()
+def test_old_rounds_are_not_computed_again(site: Site, job: Job) -> None:
     for round in range(3):
         site.ask(ask(job, round))
     assert site.ask(ask(job, 0)) == b"privacy-repeated"
@@ -173,18 +176,15 @@ def test_old_rounds_are_not_computed_again(site: Site, make_job: Callable[..., J
     assert site.booked == [(0, True), (1, True), (2, True)]
 
 
-def test_a_job_that_books_nothing_needs_no_ledger(
-    site: Site, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client.handler, "train", lambda *_: Progress(steps=1, samples=8, lr_sum=0.1))
-    site.ledger.begin()  # type: ignore[attr-defined]
-    site.ledger.path.write_bytes(b"broken")  # type: ignore[attr-defined]
-    assert site.ask(ask(make_job())).startswith(b"{")
-    assert site.ask(ask(make_job())).startswith(b"{")
+def test_a_job_that_books_nothing_needs_no_ledger(site: Site, make_job: Callable[..., Job]) -> None:
+    site.ledger.begin()
+    site.ledger.path.write_bytes(b"broken")
+    first = site.ask(ask(make_job()))
+    assert first.startswith(b"{")
+    assert site.ask(ask(make_job())) == first
 
 
-def test_the_digest_covers_all_that_is_asked(make_job: Callable[..., Job]) -> None:
-    job = make_job()
+def test_the_digest_covers_all_that_is_asked(job: Job, make_job: Callable[..., Job]) -> None:
     one = ask(job)
     assert digest(one) == digest(ask(job))
     others = [

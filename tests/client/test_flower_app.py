@@ -174,7 +174,7 @@ def _path_as_run(instruction: Instruction) -> RecordDict:
 
 def _other_version(instruction: Instruction) -> RecordDict:
     manifest, blob = encode_instruction(instruction)
-    return to_record(manifest.replace(b'"version":2', b'"version":99'), blob)
+    return to_record(manifest.replace(b'"version":3', b'"version":99'), blob)
 
 
 @pytest.mark.parametrize(

@@ -127,9 +127,9 @@ def test_no_noise_spends_everything() -> None:
 
 
 def test_units() -> None:
-    """Client rounds alone keep their own unit; beside sample rounds they count at half the noise, unsampled."""
+    """Client rounds alone keep their own unit; beside sample rounds they count at half the noise; both unsampled."""
     clients = [entry(Spend(4.0, 0.1, 2), "client")]
-    assert composed(clients) == ("client", [Spend(4.0, 0.1, 2)])
+    assert composed(clients) == ("client", [Spend(4.0, 1.0, 2)])
     assert composed([*clients, entry(STEP)]) == ("sample", [STEP, Spend(2.0, 1.0, 2)])
     assert composed([]) == ("sample", [])
 
@@ -162,9 +162,9 @@ def test_the_message_says_all_that_belongs_to_an_epsilon() -> None:
         book(MemoryLedger(0.1), 4, job="demo")
     assert str(caught.value) == (
         "round 4 of run 'r' of job 'demo' would bring data set 'd' to epsilon "
-        f"{spent([entry(STEP)], DELTA):.4g} at delta 1e-05 (unit: sample; neighbours: one training example more or "
-        "less), above this site's cap of 0.1. Nothing was trained. `fedzoo client ledger show` lists what was spent; "
-        "the cap is cap_epsilon in [privacy] of client.toml"
+        f"{spent([entry(STEP)], DELTA):.4g} at delta 1e-05 (unit: sample; neighbours: one training example added or "
+        "removed), above this site's cap of 0.1. Nothing was trained. `fedzoo client ledger show` lists what was "
+        "spent; the cap is cap_epsilon in [privacy] of client.toml"
     )
 
 
@@ -224,22 +224,44 @@ def test_an_altered_round_is_refused(make: Make, changed: dict[str, Any]) -> Non
     assert make().entries() == before
 
 
-def test_what_was_answered_is_not_computed_again(make: Make) -> None:
+def test_answered(make: Make) -> None:
     book(make(), 0)
     make().answered("r", 0, 0)
     make().answered("r", 0, 0)
     make().answered("never booked", 0, 0)
     assert [e.answered for e in make().entries()] == [True]
-    assert refusal(lambda: book(make(), 0), "round 0 of run 'r' was answered") == "privacy-repeated"
 
 
-def test_a_round_before_the_last_is_not_computed_again(make: Make) -> None:
-    book(make(), 0)
+def test_what_a_node_answered_is_not_computed_again(tmp_path: Path) -> None:
+    ledger = DiskLedger(tmp_path, math.inf, DELTA)
+    book(ledger, 0)
+    ledger.answered("r", 0, 0)
+    assert refusal(lambda: book(ledger, 0), "round 0 of run 'r' was answered") == "privacy-repeated"
+
+
+def test_a_simulation_may_repeat_itself_and_pays_once() -> None:
+    ledger = MemoryLedger()
+    for _ in range(2):
+        for round in range(2):
+            book(ledger, round)
+            ledger.answered("r", 0, round)
+    assert len(ledger.entries()) == 2
+
+
+def test_a_round_before_the_last_is_not_computed_again(tmp_path: Path) -> None:
+    ledger = DiskLedger(tmp_path, math.inf, DELTA)
+    book(ledger, 0)
+    book(ledger, 1)
+    book(ledger, 0, run="other")
+    assert refusal(lambda: book(ledger, 0), "was followed by others") == "privacy-repeated"
+    book(ledger, 1)
+    assert len(ledger.entries()) == 3
+
+
+def test_rounds_missed_before_may_be_booked_later(make: Make) -> None:
+    book(make(), 3)
     book(make(), 1)
-    book(make(), 0, run="other")
-    assert refusal(lambda: book(make(), 0), "was followed by others") == "privacy-repeated"
-    book(make(), 1)
-    assert len(make().entries()) == 3
+    assert [e.round for e in make().entries()] == [3, 1]
 
 
 # ---- whatever else happens -------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_nothing_spent(node: Path) -> None:
         f"ledger {node}/ledger/entries.log\n"
         "\n"
         "data set /data/chest  (read by this node)\n"
-        "  epsilon 0 at delta 1e-05, unit sample (neighbours: one training example more or less); cap 8, left 8\n"
+        "  epsilon 0 at delta 1e-05, unit sample (neighbours: one training example added or removed); cap 8, left 8\n"
         "  no round has been booked\n"
     )
     assert not (node / "ledger").exists()
@@ -65,7 +65,7 @@ def test_two_jobs_on_one_data_set(node: Path) -> None:
         ledger_of(node).answered("r1", 0, round)
     book(node, 0, "r2", job="")
     all_, first, last = (epsilon([Spend(1.0, 0.02, n)], 1e-5) for n in (40, 30, 10))
-    unit = "at delta 1e-05, unit sample (neighbours: one training example more or less)"
+    unit = "at delta 1e-05, unit sample (neighbours: one training example added or removed)"
     assert show(node) == (
         f"ledger {node}/ledger/entries.log\n"
         "\n"
@@ -83,11 +83,13 @@ def test_two_jobs_on_one_data_set(node: Path) -> None:
 
 def test_units_do_not_mix_in_silence(node: Path) -> None:
     book(node, 0, "c", CLIENT, unit="client")
-    assert "unit client (neighbours: the whole site present or absent); cap 8" in show(node)
+    assert "unit client (neighbours: one site added or removed with all its data); cap 8" in show(node)
     book(node, 0, "s")
     text = show(node)
     both = epsilon([SAMPLE, Spend(4.0, 1.0, 1)], 1e-5)
-    assert f"  epsilon {both:.4g} at delta 1e-05, unit sample (neighbours: one training example more or less)" in text
+    assert (
+        f"  epsilon {both:.4g} at delta 1e-05, unit sample (neighbours: one training example added or removed)" in text
+    )
     assert "rounds with unit client count here at half their noise and without sampling" in text
 
 
@@ -116,7 +118,7 @@ def test_json(node: Path) -> None:
         "epsilon": both,
         "delta": 1e-4,
         "unit": "sample",
-        "relation": "one training example more or less",
+        "relation": "one training example added or removed",
         "accountant": "rdp",
         "cap_epsilon": 0.5,
         "left": max(0.0, 0.5 - both),
@@ -129,7 +131,7 @@ def test_json(node: Path) -> None:
             "rounds": [0, 4],
             "unanswered": 2,
             "unit": "sample",
-            "relation": "one training example more or less",
+            "relation": "one training example added or removed",
             "epsilon": both,
             "delta": 1e-4,
             "mechanisms": [{"noise": 1.0, "rate": 0.02, "steps": 20}],

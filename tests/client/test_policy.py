@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -166,16 +165,18 @@ def test_approval_while_the_node_runs(make_job: Callable[..., Job]) -> None:
 
 
 # ---- jobs without privacy --------------------------------------------------------------------------------------------
-def with_mode(job: Job, mode: str) -> Job:
-    """The job as if its [privacy] said so."""
-    job.__dict__["privacy"] = SimpleNamespace(mode=mode)
-    return job
+PRIVACY = {
+    "none": {},
+    "sample": {"mode": "sample", "noise": 1.0},
+    "client": {"mode": "client", "noise": 1.0},
+    "without noise": {"mode": "sample", "noise": 0.0},
+}
 
 
 @pytest.mark.parametrize(
     ("required", "taken"),
     [
-        ("none", {"none", "sample", "client"}),
+        ("none", set(PRIVACY)),
         ("sample", {"sample"}),
         ("client", {"client"}),
         ("any", {"sample", "client"}),
@@ -183,27 +184,29 @@ def with_mode(job: Job, mode: str) -> Job:
 )
 def test_a_site_can_take_only_jobs_with_privacy(make_job: Callable[..., Job], required: str, taken: set[str]) -> None:
     """However they were approved, and whatever they ask for."""
-    for mode in ("none", "sample", "client"):
-        job = with_mode(make_job(), mode)
+    for name, part in PRIVACY.items():
+        job = make_job(privacy=part)
         for policy in (Policy([job.hash], privacy=required), Policy(approve_all=True, privacy=required)):  # type: ignore[arg-type]
             for kind in KINDS:
-                if mode in taken:
+                if name in taken:
                     policy.require(ask(job, kind))
                 else:
-                    with pytest.raises(PolicyError, match=f"privacy mode '{mode}', and this site takes only") as caught:
+                    with pytest.raises(PolicyError, match="gives no guarantee that this site requires") as caught:
                         policy.require(ask(job, kind))
                     assert caught.value.code == "privacy-required"
 
 
-def test_every_stage_must_be_of_the_required_mode(make_job: Callable[..., Job]) -> None:
+def test_what_the_job_has_instead_is_said(make_job: Callable[..., Job]) -> None:
+    with pytest.raises(PolicyError, match=r"requires \(sample or client\): its privacy mode is 'sample' without noise"):
+        Policy(approve_all=True, privacy="any").require(ask(make_job(privacy=PRIVACY["without noise"])))
+
+
+def test_stages_too(make_job: Callable[..., Job]) -> None:
     stages = [{"name": "one"}, {"name": "two", "train": {"lr": 0.2}}]
-    job = make_job(stages=stages)
-    with_mode(job.steps[0], "sample")
     policy = Policy(approve_all=True, privacy="sample")
-    with pytest.raises(PolicyError, match="privacy mode 'none'"):
-        policy.require(ask(job.steps[0]))
-    with_mode(job.steps[1], "sample")
-    policy.require(ask(job.steps[0]))
+    policy.require(ask(make_job(stages=stages, privacy=PRIVACY["sample"]).steps[1]))
+    with pytest.raises(PolicyError, match="gives no guarantee"):
+        policy.require(ask(make_job(stages=stages).steps[1]))
 
 
 def test_an_unapproved_job_is_not_told_what_the_site_requires(make_job: Callable[..., Job]) -> None:

@@ -78,7 +78,7 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
         ("continual.name=finetun", "unknown method 'finetun'. did you mean 'finetune'?"),
         ("task.name=clasification", "unknown task 'clasification'. did you mean 'classification'"),
         ("task.topk=5", "job.toml: [task]: unknown key 'topk'"),
-        ("trian.lr=1", "job.toml: unknown key 'trian', did you mean 'train' or 'stream'?"),
+        ("trian.lr=1", "job.toml: unknown key 'trian', did you mean 'train' or 'stream' or 'privacy'?"),
         ("train.learning=1", "job.toml: unknown key 'train.learning'"),
         ("train.optimiser=sgd", "job.toml: unknown key 'train.optimiser', did you mean 'optimizer'?"),
         ("train.lr=-1", "job.toml: 'train.lr' should be greater than 0, not -1"),
