@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -19,6 +20,7 @@ from scipy.special import logsumexp
 
 from client.config import ClientConfig
 from client.ledger import DiskLedger, Entry, Ledger, MemoryLedger, composed, open_ledger, spent
+from client.logbook import Logbook
 from shared_models.errors import PrivacyError
 from shared_models.privacy import Spend, epsilon
 
@@ -201,6 +203,28 @@ def test_the_same_round_again_is_the_same_entry(make: Make) -> None:
     book(make(), 0)
     assert [e.round for e in make().entries()] == [0]
     assert not make().entries()[0].answered
+
+
+def test_an_entry_of_a_killed_process_is_made_durable_by_the_next(tmp_path: Path) -> None:
+    """Killed between the line and its head; the same round again returns only when the head counts it."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ledger = DiskLedger(tmp_path / "ledger", math.inf, DELTA, mark=tmp_path / "mark")
+    book(ledger, 0)
+    before = ledger.path.read_bytes()
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(Logbook, "write_heads", killed)
+        with pytest.raises(KeyboardInterrupt):
+            book(ledger, 1)
+    assert len(ledger.entries()) == 2
+    book(ledger, 1)
+    assert len(ledger.entries()) == 2
+    for head in ("ledger/head.json", "mark"):
+        assert json.loads((tmp_path / head).read_text())["count"] == 3
+    ledger.path.write_bytes(before)
+    assert refusal(ledger.entries, "does not hold the 3 lines") == "ledger"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
