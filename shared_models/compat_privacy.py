@@ -153,14 +153,19 @@ PRIVACY_RULES: tuple[Rule, ...] = (
         "alone; 'fedprox' limits drift too and can be protected, or privacy.mode = 'sample'",
     ),
     (
+        lambda job: _client(job) and job.federation.select == "best",
+        "federation.select = 'best' chooses by what sites measure, without noise, and privacy.mode = 'client' hides "
+        "all of a site's data; set select = 'last'",
+    ),
+    (
         lambda job: job.privacy.noise_by == "clients" and job.federation.fraction < 1,
         "privacy.noise_by = 'clients' counts on federation.min_sites shares of noise in each round, and "
-        "federation.fraction = {job.federation.fraction} leaves to chance how many come; noise_by = 'server' can sample",
+        "federation.fraction = {job.federation.fraction} leaves to chance how many come; noise_by = 'server' samples",
     ),
     (
         lambda job: job.privacy.noise_by == "clients" and job.privacy.mechanism == "ftrl",
-        "privacy.mechanism = 'ftrl' correlates the noise of rounds, which privacy.noise_by = 'clients' cannot: each site "
-        "would have to know the others' rounds",
+        "privacy.mechanism = 'ftrl' correlates the noise of rounds, which privacy.noise_by = 'clients' cannot: the "
+        "sites of a round are others than those of the one before",
     ),
     (
         lambda job: job.privacy.quantile > 0 and job.privacy.noise_by == "clients",
