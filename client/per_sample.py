@@ -13,6 +13,7 @@ trains (`require_agreement`).
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -35,6 +36,9 @@ Pieces = Sequence[tuple["Method", "Groups"]]
 Gradients = dict[str, Tensor]  # name -> (B, *shape)
 TOLERANCE = 1e-3  # relative, of all entries of one example's gradient together
 ALIKE = "model."
+IMPOSSIBLE = "no-gradients"
+
+log = logging.getLogger("fedzoo.client")
 
 
 class LossOf(nn.Module):
@@ -134,22 +138,34 @@ class PerSample:
         return total.detach()
 
 
-def choose(bench: Workbench) -> str:
-    """The way the job asks for, or the soundest that the model declares.
+def choose(bench: Workbench, pieces: Pieces, batch: Batch) -> str:
+    """The way the job asks for, or the soundest that the model declares and the task allows, once it is compared.
+
+    Args:
+        bench: model and task.
+        pieces: methods that add a term to the loss.
+        batch: a few examples to compare with.
 
     Raises:
-        PrivacyError: the model declares none, or not that one.
+        PrivacyError: there is none, or it differs from a one-sample loop.
     """
     name, asked = bench.job.model.name, bench.job.privacy.gradients
     known = models[name].per_sample_gradients
-    if asked == "auto" and known:
-        return known[0]
-    if asked not in known:
-        raise PrivacyError(
-            f"model '{name}' has no per-sample gradients by '{asked}', it declares {', '.join(known) or 'none'}",
-            hint="Set privacy.gradients = 'auto', or privacy.mode = 'client'",
-        )
-    return asked
+    ways = [way for way in known if asked in ("auto", way)]
+    for way in ways:
+        try:
+            error = require_agreement(PerSample(bench, pieces, way), batch, seed=bench.job.seed)
+        except PrivacyError as failed:
+            if failed.code != IMPOSSIBLE or way == ways[-1]:
+                raise
+            log.info("%s", failed)
+            continue
+        log.info("per-sample gradients by %s, relative error %.1e against a one-sample loop", way, error)
+        return way
+    raise PrivacyError(
+        f"model '{name}' has no per-sample gradients by '{asked}', it declares {', '.join(known) or 'none'}",
+        hint="Set privacy.gradients = 'auto', or privacy.mode = 'client'",
+    )
 
 
 def require_agreement(found: PerSample, batch: Batch, seed: int) -> float:
@@ -197,7 +213,7 @@ def _difference(found: PerSample, batch: Batch, seed: int) -> float:
         raise PrivacyError(
             f"per-sample gradients by '{found.way}' cannot be computed here: {str(error).splitlines()[0]}",
             hint="Set privacy.gradients to another way (fedzoo models show lists them), or privacy.mode = 'client'",
-            code="per-sample-gradients",
+            code=IMPOSSIBLE,
         ) from error
     errors = (given - reference).norm(dim=1) / reference.norm(dim=1).clamp(min=1e-12)
     return float(errors.max()) if bool(torch.isfinite(errors).all()) else float("inf")

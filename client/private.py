@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from client.per_sample import PerSample, Pieces, choose, require_agreement
+from client.per_sample import PerSample, Pieces, choose
 from client.readers.base import Examples
 from client.workbench import Workbench
 from shared_models.errors import PrivacyError
@@ -75,15 +75,14 @@ class PrivateSteps:
     def __init__(self, bench: Workbench, data: Examples, plan: Plan, pieces: Pieces) -> None:
         self.bench, self.data, self.plan, self.part = bench, data, plan, bench.job.privacy
         self.expected = plan.spend.rate * len(data)
-        self.per_sample = PerSample(bench, pieces, choose(bench) if self.part.clip else "loop")
         numbers = sum(p.numel() for p in bench.trained.values())
         self.largest = max(1, NUMBERS // max(numbers, 1))  # examples whose gradients are computed at once
         self._step = 0
-        if self.part.clip and not bench.agreed:
+        if self.part.clip and not bench.per_sample:
             require_unmixed(bench)
             first = data.batch(torch.arange(min(2, len(data))), bench.device)
-            require_agreement(self.per_sample, first, seed=bench.job.seed)
-            bench.agreed = True
+            bench.per_sample = choose(bench, pieces, first)
+        self.per_sample = PerSample(bench, pieces, bench.per_sample)
 
     def seed(self, purpose: str) -> int:
         """For torch's generators: augmentation, dropout, and what a task draws."""

@@ -58,10 +58,12 @@ def epsilon(spends: Sequence[Spend], delta: float, accountant: Accountant = "rdp
 
 @lru_cache(maxsize=4096)
 def _epsilon(spends: tuple[Spend, ...], delta: float, accountant: Accountant) -> float:
+    import numpy as np
     from opacus.accountants.analysis.rdp import get_privacy_spent
     from opacus.accountants.rdp import RDPAccountant
 
-    with warnings.catch_warnings():  # that the best order is at the end of the range: the bound holds, if not the least
+    # that the best order is at the end of the range (the bound holds, if not the least), and the logarithm of 1 - q = 0
+    with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.filterwarnings("ignore", message="Optimal order is the")
         if accountant == "rdp":
             total = sum(_renyi(s.noise, s.rate) * s.steps for s in spends)
