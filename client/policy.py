@@ -83,10 +83,9 @@ class Policy:
 
     def _require_privacy(self, job: Job) -> None:
         taken = {"none": None, "any": ("sample", "client")}.get(self.privacy, (self.privacy,))
-        wrong = [mode for mode in map(_guarantee, job.steps) if taken is not None and mode not in taken]
-        if wrong:
+        if taken is not None and any(_guarantee(step) not in taken for step in job.steps):
             raise PolicyError(
-                f"job '{job.name}' gives no guarantee that this site requires ({' or '.join(taken or ())}): its "
+                f"job '{job.name}' gives no guarantee that this site requires ({' or '.join(taken)}): its "
                 f"privacy mode is '{job.privacy.mode}'{' without noise' if job.privacy.noise == 0 else ''}",
                 hint="It is `require` in [privacy] of client.toml",
                 code="privacy-required",
