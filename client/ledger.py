@@ -23,7 +23,7 @@ from client.logbook import Logbook, Record
 from shared_models.errors import PrivacyError
 from shared_models.privacy import RELATIONS, Spend, epsilon, merged
 
-Key = tuple[str, int, int]
+Key = tuple[str, str, int, int]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Entry:
         unit: `sample` or `client`: whose presence is hidden.
         digest: of the instruction, so that another one is not taken for its repetition.
         job: the job's name, where it is known.
+        site: the name of the node that booked it, for nodes of one institution may share a ledger.
         booked: Unix seconds, for people alone.
         answered: whether its reply was kept and may have left.
     """
@@ -51,13 +52,14 @@ class Entry:
     unit: str
     digest: str
     job: str = ""
+    site: str = ""
     booked: float = field(default=0.0, compare=False)
     answered: bool = field(default=False, compare=False)
 
     @property
     def key(self) -> Key:
         """What names it."""
-        return self.run, self.task, self.round
+        return self.site, self.run, self.task, self.round
 
 
 class Ledger(Protocol):
@@ -122,13 +124,13 @@ class MemoryLedger:
         job: str = "",
     ) -> None:
         """Book it in memory."""
-        entry = Entry(dataset, run, task, round, spend, delta, unit, digest, job, time.time())
+        entry = Entry(dataset, run, task, round, spend, delta, unit, digest, job, booked=time.time())
         if _is_new(entry, self._entries, self.cap_epsilon, self.delta):
             self._entries[entry.key] = entry
 
     def answered(self, run: str, task: int, round: int) -> None:
         """Note it. The same round may be simulated again: what is drawn for it is the same, and nothing leaves."""
-        key = (run, task, round)
+        key = ("", run, task, round)
         if key in self._entries:
             self._entries[key] = replace(self._entries[key], answered=True)
 
@@ -146,13 +148,21 @@ class DiskLedger:
         delta: at which the entries of a data set are composed.
         mark: file in another folder that notices a ledger that was deleted or put back from an older copy.
         witnesses: files that exist only where a ledger was begun.
+        site: this node's name.
     """
 
     def __init__(
-        self, path: Path, cap_epsilon: float, delta: float, mark: Path | None = None, witnesses: Sequence[Path] = ()
+        self,
+        path: Path,
+        cap_epsilon: float,
+        delta: float,
+        mark: Path | None = None,
+        witnesses: Sequence[Path] = (),
+        site: str = "",
     ) -> None:
         self.cap_epsilon = cap_epsilon
         self.delta = delta
+        self.site = site
         self._book = Logbook(path, mark, witnesses)
 
     @property
@@ -179,7 +189,7 @@ class DiskLedger:
         job: str = "",
     ) -> None:
         """Book it on the disk."""
-        entry = Entry(dataset, run, task, round, spend, delta, unit, digest, job, time.time())
+        entry = Entry(dataset, run, task, round, spend, delta, unit, digest, job, self.site, time.time())
         with self._book.held() as book:
             known = _entries(book.records)
             if _is_new(entry, known, self.cap_epsilon, self.delta):
@@ -191,9 +201,9 @@ class DiskLedger:
     def answered(self, run: str, task: int, round: int) -> None:
         """Note it on the disk."""
         with self._book.held() as book:
-            known = _entries(book.records).get((run, task, round))
+            known = _entries(book.records).get((self.site, run, task, round))
             if known is not None and not known.answered:
-                book.append({"answered": [run, task, round]})
+                book.append({"answered": known.key})
 
     def entries(self) -> list[Entry]:
         """All of them, of every process and node that shares it."""
@@ -256,7 +266,7 @@ def _is_new(entry: Entry, known: Mapping[Key, Entry], cap: float, delta: float) 
 def _require_unanswered(key: Key, known: Mapping[Key, Entry]) -> None:
     """Raise where the round's answer may have left: a second one of other data would have the same noise."""
     before = known[key]
-    last = [e for e in known.values() if e.run == before.run][-1]
+    last = [e for e in known.values() if (e.site, e.run) == (before.site, before.run)][-1]
     if before.answered or last is not before:
         raise PrivacyError(
             f"round {before.round} of run '{before.run}' was "
@@ -293,8 +303,9 @@ def _entries(records: Iterable[Record]) -> dict[Key, Entry]:
             entry = Entry(**{**fields, "spend": Spend(**fields["spend"])})
             found[entry.key] = entry
         else:
-            run, task, round = record["answered"]
-            found[run, task, round] = replace(found[run, task, round], answered=True)
+            site, run, task, round = record["answered"]
+            key = (site, run, task, round)
+            found[key] = replace(found[key], answered=True)
     return found
 
 
@@ -302,5 +313,10 @@ def open_ledger(node_dir: Path, config: ClientConfig) -> DiskLedger:
     """The ledger of a node, as `client.toml` says."""
     folder, privacy = NodeFolder(node_dir.resolve()), config.privacy
     return DiskLedger(
-        folder.root / privacy.ledger, privacy.cap_epsilon, privacy.delta, folder.mark, witnesses=(folder.secret,)
+        folder.root / privacy.ledger,
+        privacy.cap_epsilon,
+        privacy.delta,
+        mark=folder.mark,
+        witnesses=(folder.secret,),
+        site=config.site,
     )

@@ -50,7 +50,7 @@ def _say(account: dict[str, Any], current: str) -> None:
     if not account["runs"]:
         typer.echo("  no round has been booked")
     for run in account["runs"]:
-        typer.echo(f"  run {run['run']}, job {run['job'] or 'unknown'}: {_rounds(run['rounds'])}")
+        typer.echo(f"  run {run['run']}, site {run['site']}, job {run['job'] or 'unknown'}: {_rounds(run['rounds'])}")
         typer.echo(f"    alone {_guarantee(run)}")
         for step in run["mechanisms"]:
             typer.echo(f"    noise {step['noise']:.4g}, sampling rate {step['rate']:.4g}, {step['steps']} steps")

@@ -32,9 +32,9 @@ def statement(entries: Iterable[Entry], cap: float, delta: float, current: str) 
 def _account(name: str, entries: Sequence[Entry], cap: float, delta: float) -> dict[str, Any]:
     unit, spends = composed(entries)
     spent = epsilon(spends, delta)
-    by_run: dict[str, list[Entry]] = {}
+    by_run: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
-        by_run.setdefault(entry.run, []).append(entry)
+        by_run.setdefault((entry.site, entry.run), []).append(entry)
     return {
         "dataset": name,
         "epsilon": _finite(spent),
@@ -45,14 +45,15 @@ def _account(name: str, entries: Sequence[Entry], cap: float, delta: float) -> d
         "cap_epsilon": _finite(cap),
         "left": None if math.isinf(cap) else max(0.0, cap - spent),
         "converted": unit == "sample" and any(e.unit == "client" for e in entries),
-        "runs": [_run(run, mine, delta) for run, mine in by_run.items()],
+        "runs": [_run(mine, delta) for mine in by_run.values()],
     }
 
 
-def _run(run: str, entries: Sequence[Entry], delta: float) -> dict[str, Any]:
+def _run(entries: Sequence[Entry], delta: float) -> dict[str, Any]:
     unit, spends = composed(entries)
     return {
-        "run": run,
+        "run": entries[0].run,
+        "site": entries[0].site,
         "job": entries[-1].job,
         "rounds": sorted(e.round for e in entries),
         "unanswered": sum(not e.answered for e in entries),

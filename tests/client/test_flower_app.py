@@ -25,6 +25,7 @@ from shared_models.errors import ConfigError, DataError
 from shared_models.flower import from_record, to_record
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction
+from shared_models.privacy import Spend
 from shared_models.spec import build_model
 from shared_models.wire import decode_contribution, encode_contribution, encode_instruction
 
@@ -119,6 +120,27 @@ def test_a_site_that_takes_only_jobs_with_privacy(node: Path, instruction: Instr
     assert ask(app, to_record(*encode_instruction(instruction))).code == "privacy-required"
     probe = replace(instruction, kind="probe", groups={})
     assert ask(app, to_record(*encode_instruction(probe))).code == "privacy-required"
+
+
+def test_a_round_with_privacy_is_booked_on_the_node(
+    node: Path, instruction: Instruction, make_job: Callable[..., Job]
+) -> None:
+    job = make_job(privacy={"mode": "sample", "noise": 1.0, "delta": 1e-3})
+    asked = to_record(*encode_instruction(replace(instruction, job=job)))
+    reply = ask(client_app(node, approve=[job.hash]), asked)
+    assert (reply.code, reply.noise) == ("ok", 1.0)
+    (entry,) = open_ledger(node, client.flower_app.load(node)).entries()
+    data = str(client.flower_app.load(node).data.folder)
+    assert (entry.dataset, entry.site, entry.run, entry.round) == (data, "hospital-a", "run-7", 0)
+    assert (entry.spend, entry.unit, entry.answered) == (Spend(1.0, 0.5, 2), "sample", True)  # ten examples, by eight
+    assert NodeFolder(node).secret.stat().st_mode & 0o777 == 0o600
+    again = ask(client_app(node, approve=[job.hash]), asked)
+    assert encode_contribution(again) == encode_contribution(reply)
+    config = client.flower_app.load(node)
+    save(node, config.model_copy(update={"privacy": PrivacyPart(cap_epsilon=0.5)}))
+    later = to_record(*encode_instruction(replace(instruction, job=job, round=1)))
+    assert ask(client_app(node, approve=[job.hash]), later).code == "privacy-cap"
+    assert len(open_ledger(node, config).entries()) == 1
 
 
 def test_the_ledger_is_begun_with_the_node_and_missed_when_it_is_gone(

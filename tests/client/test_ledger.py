@@ -341,10 +341,10 @@ def test_values_come_back_as_they_were(tmp_path: Path) -> None:
     assert DiskLedger(tmp_path, math.inf, DELTA).entries() == [odd]
 
 
-def config_of(folder: Path, **privacy: Any) -> ClientConfig:
+def config_of(folder: Path, site: str = "a", **privacy: Any) -> ClientConfig:
     addresses = dict.fromkeys(("fleet", "enrollment", "membership"), "localhost:1")
     data = {"folder": str(folder), "format": "imagefolder"}
-    return ClientConfig.model_validate({"site": "a", "server": addresses, "data": data, "privacy": privacy})
+    return ClientConfig.model_validate({"site": site, "server": addresses, "data": data, "privacy": privacy})
 
 
 def test_a_node_that_lost_its_ledger_notices(tmp_path: Path) -> None:
@@ -365,12 +365,17 @@ def test_two_nodes_of_a_site_share_a_ledger_and_a_data_set(tmp_path: Path) -> No
     (tmp_path / "data").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "data")
     one = config_of(tmp_path / "data", ledger=str(tmp_path / "shared"))
-    two = config_of(tmp_path / "link", ledger=str(tmp_path / "shared"))
+    two = config_of(tmp_path / "link", "b", ledger=str(tmp_path / "shared"))
     assert one.dataset == two.dataset == str((tmp_path / "data").resolve())
     assert config_of(tmp_path / "link", dataset="chest").dataset == "chest"
-    book(open_ledger(tmp_path / "one", one), 0, run="a")
-    book(open_ledger(tmp_path / "two", two), 0, run="b")
-    assert len(open_ledger(tmp_path / "one", one).entries()) == 2
+    first, second = open_ledger(tmp_path / "one", one), open_ledger(tmp_path / "two", two)
+    book(first, 0, dataset=one.dataset)
+    book(second, 0, dataset=two.dataset, digest="its own")  # sites of one run: each round is booked for each
+    second.answered("r", 0, 0)
+    book(first, 0, dataset=one.dataset)
+    assert [(e.site, e.answered) for e in first.entries()] == [("a", False), ("b", True)]
+    once, twice = (spent([entry(replace(STEP, steps=n * STEP.steps))], DELTA) for n in (1, 2))
+    assert spent([e for e in first.entries() if e.dataset == one.dataset], DELTA) == twice > once
 
 
 def test_booking_without_a_cap_loads_neither_torch_nor_opacus(tmp_path: Path) -> None:

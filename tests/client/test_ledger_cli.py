@@ -71,10 +71,10 @@ def test_two_jobs_on_one_data_set(node: Path) -> None:
         "\n"
         "data set /data/chest  (read by this node)\n"
         f"  epsilon {all_:.4g} {unit}; cap 8, left {8 - all_:.4g}\n"
-        "  run r1, job demo: 3 rounds (0 to 2)\n"
+        "  run r1, site a, job demo: 3 rounds (0 to 2)\n"
         f"    alone epsilon {first:.4g} {unit}\n"
         "    noise 1, sampling rate 0.02, 30 steps\n"
-        "  run r2, job unknown: 1 round (0)\n"
+        "  run r2, site a, job unknown: 1 round (0)\n"
         f"    alone epsilon {last:.4g} {unit}\n"
         "    noise 1, sampling rate 0.02, 10 steps\n"
         "    1 booked and not answered; counted all the same\n"
@@ -127,6 +127,7 @@ def test_json(node: Path) -> None:
     assert mine["runs"] == [
         {
             "run": "r1",
+            "site": "a",
             "job": "demo",
             "rounds": [0, 4],
             "unanswered": 2,
