@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-DEFAULT_DIR = Path("fedzoo-node")
+from client import ledger_cli
+from client.ledger_cli import DEFAULT_DIR, Dir, Json
+
 AHEAD_SECONDS, BEHIND_SECONDS = 4.0, 240.0  # Flower refuses a signature 5 s from the future or 305 s old
 
 app = typer.Typer(name="client", help="Join a federation as a site and run its node.", no_args_is_help=True)
-Dir = Annotated[Path, typer.Option("--dir", help="The node's folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+app.add_typer(ledger_cli.app)
 
 
 @app.command()
@@ -36,9 +37,10 @@ def enroll(
 
 @app.command()
 def check(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
-    """Look whether the data can be read and the server reached, and who this node is. Ends with 1 on a problem."""
+    """Look whether data and ledger can be read, the server reached, and who this node is. Ends with 1 on a problem."""
     from client.config import NodeFolder, load
     from client.enroll import whoami
+    from client.ledger import open_ledger
     from client.readers import check as look
     from client.tls import site_credentials, verify_server
     from shared_models.errors import FedzooError
@@ -66,13 +68,18 @@ def check(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
         bad = len(summary.get("unreadable", ()))
         return {**summary, **({"problem": f"{bad} files cannot be read"} if bad else {})}
 
+    def booked() -> dict[str, Any]:
+        ledger = open_ledger(dir, config)
+        return {"rounds_booked": len(ledger.entries()), "file": str(ledger.path)}
+
     def attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
             return part()
         except FedzooError as error:
             return {"problem": str(error)}
 
-    report = {"data": attempt(private_data), "server": attempt(server), "identity": attempt(identity)}
+    parts = {"data": private_data, "ledger": booked, "server": server, "identity": identity}
+    report = {name: attempt(part) for name, part in parts.items()}
     if json_output:
         typer.echo(json.dumps(report, indent=2))
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -67,6 +67,26 @@ class PolicyPart(Part):
     statistics: bool = True
 
 
+class PrivacyPart(Part):
+    """`[privacy]`: what all jobs together may tell about this site's data, and which jobs are taken at all.
+
+    Attributes:
+        cap_epsilon: the most that one data set may spend, over all jobs and restarts; `inf` for no cap.
+        delta: at which the site composes, whatever delta a job says; well below 1 / examples.
+        dataset: the name under which the data set is booked; the resolved data folder where it is empty. A data set
+            that is renamed or moved begins at zero.
+        ledger: the ledger's folder, seen from the node's; nodes of one site that read the same data share one.
+        require: which jobs are taken: `none`, any; `sample` or `client`, those of that privacy mode; `any`, those of
+            either.
+    """
+
+    cap_epsilon: Annotated[float, Field(gt=0)] = 8.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    dataset: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{0,200}$")] = ""
+    ledger: Path = Path("ledger")
+    require: Literal["none", "sample", "client", "any"] = "none"
+
+
 class ClientConfig(Part):
     """The whole `client.toml`.
 
@@ -81,6 +101,12 @@ class ClientConfig(Part):
     server: ServerPart
     data: DataPart
     policy: PolicyPart = PolicyPart()
+    privacy: PrivacyPart = PrivacyPart()
+
+    @property
+    def dataset(self) -> str:
+        """The name under which the ledger books what is spent of this site's data."""
+        return self.privacy.dataset or str(self.data.folder.resolve())
 
 
 @dataclass(frozen=True)
@@ -118,6 +144,16 @@ class NodeFolder:
     def state(self) -> Path:
         """What methods keep at this site between rounds."""
         return self.root / "state"
+
+    @property
+    def secret(self) -> Path:
+        """What noise, sampling and masks are drawn from; see `client.secret`."""
+        return self.root / "secret"
+
+    @property
+    def mark(self) -> Path:
+        """How far this node's ledger had come, apart from the ledger itself."""
+        return self.state / "ledger.json"
 
     @property
     def requests(self) -> Path:

@@ -11,12 +11,15 @@ from flwr.app import Context, Message
 
 from client.config import ClientConfig, NodeFolder, load
 from client.handler import Handler
+from client.ledger import open_ledger
 from client.policy import Policy
+from client.protection import Protection
 from client.readers import read
 from client.readers.base import Splits, Wanted, split
+from client.secret import load_secret
 from client.state import DiskState
 from client.workbench import Benches, make_device
-from shared_models.errors import FedzooError
+from shared_models.errors import FedzooError, PrivacyError
 from shared_models.flower import from_record, to_record
 from shared_models.job import Job
 from shared_models.messages import Contribution
@@ -46,11 +49,18 @@ def client_app(
         as_written=True,
         later=lambda: load(node_dir).policy.approve,
         statistics=config.policy.statistics,
+        privacy=config.privacy.require,
     )
     device = make_device(config.device)
     log.info("models train on %s", torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU")
-    benches = Benches(device)
-    handler = Handler(config.site, NodeData(config), DiskState(folder.state, config.site), policy, benches)
+    ledger = open_ledger(node_dir, config)
+    try:
+        ledger.begin()
+    except PrivacyError as error:  # jobs that book nothing may run nevertheless
+        log.error("%s", error)
+    protection = Protection(config.site, ledger, config.dataset, lambda _: load_secret(folder.secret))
+    state = DiskState(folder.state, config.site)
+    handler = Handler(config.site, NodeData(config), state, policy, Benches(device), protection=protection)
 
     def answer(message: Message, context: Context) -> Message:
         try:

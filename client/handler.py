@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from client.policy import Policy
+from client.private import Plan
+from client.protection import Protection, with_share
 from client.readers.base import Examples, Splits
 from client.state import State
 from client.trainer import evaluate, in_order, train
@@ -40,10 +42,19 @@ class Handler:
         benches: the workbench of a job; shared by all sites of a process.
         check: whether the site checks its own answer before it leaves; an engine in whose process the round loop checks
             the very same tensors need not do it twice.
+        protection: the ledger and the secret of differential privacy; without one, jobs that want it are refused.
     """
 
     def __init__(
-        self, site: str, data: Data, state: State, policy: Policy, benches: Benches, *, check: bool = True
+        self,
+        site: str,
+        data: Data,
+        state: State,
+        policy: Policy,
+        benches: Benches,
+        *,
+        check: bool = True,
+        protection: Protection | None = None,
     ) -> None:
         self.site = site
         self.data = data
@@ -51,6 +62,7 @@ class Handler:
         self.policy = policy
         self.benches = benches
         self.check = check
+        self.protection = protection or Protection(site)
 
     def handle(self, instruction: Instruction) -> Contribution:
         """Do what is asked, or answer with a code. Never raises: what went wrong is logged here and stays here.
@@ -84,6 +96,7 @@ class Handler:
         stored = self.state.replay(instruction)
         if stored is not None:
             log.info("round %d was answered before; the same answer is sent again", instruction.round)
+            self.protection.answered(instruction)
             return stored
         if instruction.kind == "statistics":
             return self._statistics(instruction, splits.train)
@@ -106,7 +119,10 @@ class Handler:
         with keyed_global(key(instruction.job.seed, instruction.kind, site=self.site, **where), bench.device):
             if instruction.kind == "end_task":
                 return self._end_task(instruction, bench, examples, kept)
-            return self._train(instruction, bench, examples, kept, metrics)
+            job = instruction.job
+            counts = [len(self._examples(splits, "train", task, job)) for task in range(len(job.tasks))]
+            plan = self.protection.book(instruction, counts, kept)
+            return self._train(instruction, bench, examples, kept, metrics, plan)
 
     def _probe(self, instruction: Instruction) -> Contribution:
         """Would this node train that model, and can it read its data? Its own document goes up for comparison.
@@ -144,6 +160,7 @@ class Handler:
         examples: Examples,
         kept: dict[str, Groups],
         metrics: dict[str, torch.Tensor],
+        plan: Plan | None,
     ) -> Contribution:
         down, method = _on(bench.device, instruction.groups), bench.pieces[0]
         after = dict(kept)
@@ -154,23 +171,31 @@ class Handler:
             progress = Progress(steps=1, samples=len(examples), lr_sum=0.0)
         else:
             states = [piece.begin_round(down, kept.get(piece.name, {})) for piece in bench.pieces]
-            progress = train(bench, examples, instruction, states)
+            private = plan if instruction.job.privacy.mode == "sample" else None
+            progress = train(bench, examples, instruction, states, private)
             for i, piece in enumerate(bench.pieces):
                 given, after[piece.name] = piece.end_round(bench.sent(), down, kept.get(piece.name, {}), progress)
                 up = given if i == 0 else up  # the federated method's answer; a continual piece sends nothing
         after["personal"] = bench.personal()
+        noise, part = 0.0, instruction.job.privacy
+        if plan is not None and part.mode == "sample":
+            noise = plan.spend.noise
+        elif plan is not None and part.noise_by == "clients":
+            up = with_share(instruction.job, plan, up["model"], down["model"])
         reply = self._reply(
             instruction,
             examples=len(examples),
             samples=progress.samples,
             steps=progress.steps,
             halvings=progress.halvings,
+            noise=noise,
             metrics=metrics,
             groups=_on(torch.device("cpu"), up),
         )
         if self.check:
             check_contribution(reply, instruction, down, instruction.job.federation.max_update_norm)
         self.state.save(instruction, after, reply)
+        self.protection.answered(instruction)
         return reply
 
     def _end_task(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal
 
 from shared_models.errors import ConfigError, PolicyError
 from shared_models.files import write_whole
@@ -13,6 +14,7 @@ from shared_models.messages import Instruction
 from shared_models.schedule import round_budget, task_of
 
 MAX_REQUESTS = 100
+Required = Literal["none", "sample", "client", "any"]
 
 
 class Policy:
@@ -26,6 +28,8 @@ class Policy:
             simulator's baselines share a budget out in other ways.
         later: asked for more approved hashes when a job is not approved yet, so that a site can approve while it runs.
         statistics: whether the site gives sums of its training examples for normalisation, where a job wants them.
+        privacy: which jobs the site takes: `none`, any; `sample` or `client`, those of that privacy mode; `any`, those
+            of either. It holds for approved jobs too.
 
     Raises:
         ConfigError: an approved hash is not 64 hex digits.
@@ -40,6 +44,7 @@ class Policy:
         as_written: bool = False,
         later: Callable[[], Iterable[str]] = tuple,
         statistics: bool = True,
+        privacy: Required = "none",
     ) -> None:
         self.approved = frozenset(approved)
         self.approve_all = approve_all
@@ -47,6 +52,7 @@ class Policy:
         self.as_written = as_written
         self.later = later
         self.statistics = statistics
+        self.privacy = privacy
         for name in self.approved:
             if not re.fullmatch(r"[0-9a-f]{64}", name):
                 raise ConfigError(
@@ -64,6 +70,7 @@ class Policy:
                     hint="Nothing was run; ask the server's operator",
                     code="beyond-job",
                 )
+            self._require_privacy(job)
             if instruction.kind == "statistics" and not self.statistics:
                 raise PolicyError("this site gives no statistics ([policy] in client.toml)", code="no-statistics")
             return
@@ -74,12 +81,27 @@ class Policy:
             hint=f"Read the request, then: fedzoo client approve {job.hash}",
         )
 
+    def _require_privacy(self, job: Job) -> None:
+        taken = {"none": None, "any": ("sample", "client")}.get(self.privacy, (self.privacy,))
+        if taken is not None and any(_guarantee(step) not in taken for step in job.steps):
+            raise PolicyError(
+                f"job '{job.name}' gives no guarantee that this site requires ({' or '.join(taken)}): its "
+                f"privacy mode is '{job.privacy.mode}'{' without noise' if job.privacy.noise == 0 else ''}",
+                hint="It is `require` in [privacy] of client.toml",
+                code="privacy-required",
+            )
+
     def _keep_request(self, job: Job) -> None:
         assert self.requests is not None
         self.requests.mkdir(parents=True, exist_ok=True)
         path = self.requests / f"{job.hash}.toml"
         if not path.exists() and len(list(self.requests.glob("*.toml"))) < MAX_REQUESTS:
             write_whole(path, job.to_toml())
+
+
+def _guarantee(job: Job) -> str:
+    """The privacy mode, where there is any noise."""
+    return "none" if job.privacy.noise == 0 else job.privacy.mode
 
 
 def _is_as_written(instruction: Instruction) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from client.private import Plan, PrivateSteps
 from client.readers.base import Examples
 from client.workbench import Workbench
 from shared_models.job_parts import TrainPart
@@ -26,7 +27,9 @@ EVALUATION_NUMBERS = 2**20  # of the inputs of one batch that is measured, where
 Pieces = Sequence[tuple[Method, "Groups"]]
 
 
-def train(bench: Workbench, data: Examples, instruction: Instruction, states: Sequence[Groups]) -> Progress:
+def train(
+    bench: Workbench, data: Examples, instruction: Instruction, states: Sequence[Groups], plan: Plan | None = None
+) -> Progress:
     """Train the workbench's model for one round's budget.
 
     Args:
@@ -34,8 +37,10 @@ def train(bench: Workbench, data: Examples, instruction: Instruction, states: Se
         data: the site's training examples of this task, at least one.
         instruction: round, budget, site.
         states: one round state per method piece.
+        plan: noise, sampling and key of DP-SGD; None trains plainly.
 
     Raises:
+        PrivacyError: this model and task cannot be trained so.
         torch.OutOfMemoryError: not even a single example fits.
     """
     job, part = instruction.job, instruction.job.train
@@ -45,14 +50,21 @@ def train(bench: Workbench, data: Examples, instruction: Instruction, states: Se
     steps = count_steps(len(data), part.batch_size, instruction.budget)
     samples, lr_sum, before = 0, 0.0, bench.halvings
     bench.to_training()
-    with keyed_global(key(job.seed, "forward", site=site, task=task, round=number), bench.device):
-        order = batches(len(data), part.batch_size, instruction.budget, job.seed, site=site, task=task, round=number)
+    private = None if plan is None else PrivateSteps(bench, data, plan, losses)
+    drawn = key(job.seed, "forward", site=site, task=task, round=number)
+    order = batches(len(data), part.batch_size, instruction.budget, job.seed, site=site, task=task, round=number)
+    if private is not None and private.poisson:
+        drawn, order = private.seed("forward"), private.order()
+    with keyed_global(drawn, bench.device):
         for step, rows in enumerate(order):
             lr = learning_rate(part, (number + (step + 0.5) / steps) / instruction.rounds)
-            batch = data.batch(rows, bench.device, bench.augment)
+            batch = data.batch(rows, bench.device, bench.augment if len(rows) else None)
             for piece, state in replay:
                 batch = piece.extra_batch(batch, state)
-            gradients(bench, batch, losses)
+            if private is None:
+                gradients(bench, batch, losses)
+            else:
+                private.gradients(batch, lambda batch: gradients(bench, batch, losses))
             for piece, state in grads:
                 apply_grad(bench, piece.grad, state)
             if part.clip:
@@ -60,6 +72,8 @@ def train(bench: Workbench, data: Examples, instruction: Instruction, states: Se
             bench.optimizer.param_groups[0]["lr"] = lr
             bench.optimizer.step()
             samples, lr_sum = samples + len(rows), lr_sum + lr
+    if private is not None:  # neither how many examples came nor what they needed leaves the site
+        return Progress(steps, count_samples(len(data), part.batch_size, instruction.budget), lr_sum)
     return Progress(steps, samples, lr_sum, bench.halvings - before)
 
 

@@ -29,6 +29,7 @@ class Workbench:
 
     Attributes:
         halvings: how often a batch had to be halved so far because memory ran out; it stays for the next rounds.
+        per_sample: the way to per-sample gradients that was compared with a one-sample loop; empty before.
     """
 
     def __init__(self, job: Job, device: torch.device | None = None, start: Mapping[str, Tensor] | None = None) -> None:
@@ -41,6 +42,7 @@ class Workbench:
         self.pieces = make_pieces(job)
         self.augment = Augment(job.augment, self.task.target, job.data.shape) if job.augment.active else None
         self.halvings = 0
+        self.per_sample = ""
         self.entries: dict[str, Tensor] = {k: v.detach() for k, v in self.model.state_dict(keep_vars=True).items()}
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(job.train, list(self.trained.values()))
@@ -48,6 +50,8 @@ class Workbench:
         local = [e.key for e in self.spec.entries if e.key not in self._sent and e.nature != "alias"]
         self._initial = {k: self.entries[k].clone() for k in local}
         self._frozen = frozen_modules(self.model, self.spec)
+        for module in self._frozen:  # a model is built in training mode
+            module.eval()
 
     def to_training(self) -> None:
         """Put the model into training mode, but for normalisation layers whose statistics are not trained."""

@@ -16,7 +16,7 @@ from server.checkpoint import read_checkpoint, write_checkpoint
 from server.events import Events
 from server.executor import Executor
 from server.outcome import Outcome, Progress, Totals
-from server.selection import select
+from server.privacy import make_privacy
 from shared_models.checks import check_contribution
 from shared_models.errors import Rejected, RunError
 from shared_models.files import write_whole
@@ -47,6 +47,7 @@ class Coordinator:
         evaluators: sites whose validation and test data measure the model at the end; by default the population.
         start: values of entries that an earlier stage of the job left.
         budget: round -> budget of each selected site, None to leave the round out; by default the job's own.
+        secret: what noise of the server's is drawn from; see `make_privacy`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Coordinator:
         evaluators: Sequence[str] | None = None,
         start: Mapping[str, Tensor] | None = None,
         budget: Callable[[int], Budget | None] | None = None,
+        secret: bytes | None = None,
     ) -> None:
         self.job, self.executor, self.run_id, self.folder = job, executor, run, folder
         self.events = events or Events(folder / "events.jsonl" if folder else None)
@@ -68,6 +70,7 @@ class Coordinator:
         self.method, self.task = make_method(job), make_task(job)
         self.measure = self.task.measure(self.task.headline)
         model, self.spec = build_model(job, start=start)
+        self.privacy = make_privacy(job, self.spec, secret)
         entries = model.state_dict()
         self._left = {name: entries[name] for name in self.spec.kept} if job.whole.stages else {}
         template = {name: entries[name].detach().clone() for name in self.spec.sent}
@@ -150,7 +153,7 @@ class Coordinator:
         if budget is None:
             return
         population = self.executor.population(part.min_sites, part.wait)
-        cohort = select(population, part.fraction, self.job.seed, round)
+        cohort = self.privacy.cohort(population, round)
         down = self.method.down(self.state)
         base = self._instruction(
             "train",
@@ -166,6 +169,7 @@ class Coordinator:
         validation: list[Contribution] = []
         for reply in self.executor.run(replace(base, site=site) for site in cohort):
             slot = slots[reply.site]
+            self.privacy.note(reply)
             try:
                 norm = check_contribution(reply, replace(base, site=reply.site), down, part.max_update_norm)
             except Rejected as error:
@@ -179,7 +183,8 @@ class Coordinator:
                     self.events.emit("rejected", round=round, site=reply.site, code=error.code, detail=str(error))
                 continue
             weight = float(reply.examples) if self.method.weighting == "examples" else 1.0
-            mean.add(slot, reply.groups, dict.fromkeys(reply.groups, weight))
+            groups = self.privacy.bounded(reply.groups, down)
+            mean.add(slot, groups, dict.fromkeys(groups, weight))
             rows[reply.site] = {
                 "examples": reply.examples,
                 "samples": reply.samples,
@@ -198,17 +203,20 @@ class Coordinator:
                 code="sites-lost" if any(code in PASSING for code in refused.values()) else "",
             )
         self._measure(round, validation)
-        means = mean.result()
+        accepted = sum(row["examples"] > 0 for row in rows.values())
+        means = self.privacy.released(mean.result(), down, accepted, len(population), round)
+        self.privacy.settle(round)
         if means is not None:
-            accepted = sum(row["examples"] > 0 for row in rows.values())
             self.state = _as(down, self.method.finish(self.state, means, accepted, len(population)))
         totals.rounds += 1
         totals.samples += int(sum(row["samples"] for row in rows.values()))
-        totals.sequential_steps += int(max(row["steps"] for row in rows.values()))
+        totals.sequential_steps += int(max((row["steps"] for row in rows.values()), default=0))
         totals.optimizer_resets += sum(row["steps"] > 0 for row in rows.values())
         totals.bytes_down += payload_bytes(down) * len(cohort)
         sites = sorted(rows, key=slots.__getitem__)
-        columns = {name: [rows[s][name] for s in sites] for name in ROW}
+        columns: dict[str, Any] = {name: [rows[s][name] for s in sites] for name in ROW}
+        if facts := self.privacy.facts(sites):
+            columns["privacy"] = facts
         self.events.emit(
             "round",
             round=round,
@@ -267,11 +275,13 @@ class Coordinator:
             matrix=self.progress.matrix,
             totals=self.progress.totals,
             statistics=self._numbers(),
+            privacy=self.privacy.summary(),
         )
         if self.folder:
             write_whole(self.folder / "model.safetensors", save({n: t.contiguous() for n, t in model.items()}))
         tests = {"test": outcome.all_sites, "per_site": outcome.per_site}
-        self.events.emit("end", headline=self._shown(), **tests, totals=asdict(outcome.totals))
+        spent = {"privacy": outcome.privacy} if outcome.privacy else {}
+        self.events.emit("end", headline=self._shown(), **tests, totals=asdict(outcome.totals), **spent)
         return outcome
 
     def _evaluate(
@@ -311,6 +321,7 @@ class Coordinator:
 
     def _checkpoint(self) -> None:
         if self.folder:
+            self.progress.privacy = self.privacy.state
             extra = {"best": self.best_model, "statistics": self.statistics}
             groups = {**self.state, **{name: tensors for name, tensors in extra.items() if tensors}}
             facts = {
@@ -339,6 +350,7 @@ class Coordinator:
         saved = facts["progress"]
         best = tuple(saved["best"]) if saved["best"] else None
         self.progress = Progress(**{**saved, "best": best, "totals": Totals(**saved["totals"])})
+        self.privacy.state = self.progress.privacy or self.privacy.state
         self.events.emit("resumed", round=self.progress.round)
 
 

@@ -19,6 +19,7 @@ from server.events import Events, without_nan
 from server.flower_executor import FlowerExecutor
 from server.nodes import Roster
 from server.runs import ACTIVE, RunFolder, find_run
+from server.secret import run_secret
 from shared_models.errors import FedzooError
 from shared_models.files import write_whole
 from shared_models.flower import shorten_object_backoff
@@ -50,7 +51,10 @@ def _carry(run: RunFolder, server: ServerFolder, grid: Grid) -> None:
 
         def round_loop(step: Job, start: Mapping[str, Tensor]) -> Coordinator:
             folder, executor.timeout = stage_folder(run.path, step), step.federation.round_timeout
-            return Coordinator(step, executor, stage_run(run.id, step), folder=folder, events=events, start=start)
+            secret = run_secret(run.path) if step.privacy.mode == "client" else None
+            return Coordinator(
+                step, executor, stage_run(run.id, step), folder=folder, events=events, start=start, secret=secret
+            )
 
         outcome = run_stages(job, round_loop)
     except FedzooError as error:

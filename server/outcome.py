@@ -32,6 +32,7 @@ class Progress:
         curve: validation metrics of the model after each round, from the untrained one on.
         matrix: R[t][i], the headline metric on the test data of task i after task t.
         best: (headline on validation, round) of the best model so far, with `select = "best"`.
+        privacy: what was spent so far, as `server.privacy` keeps it.
     """
 
     round: int = 0
@@ -39,12 +40,14 @@ class Progress:
     matrix: list[list[float]] = field(default_factory=list)
     best: tuple[float, int] | None = None
     totals: Totals = field(default_factory=Totals)
+    privacy: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
     """A finished run: the model, and its test metrics on each site's own data and on all sites' data together.
 
+    `privacy` is what the run has spent, with all that gives an epsilon its meaning; empty without privacy.
     `statistics` are the mean and std that were measured at the sites, where the job wanted that; `stages` are the test
     metrics that earlier stages reached. The model holds also what it took over of an earlier stage and did not train.
     """
@@ -58,6 +61,7 @@ class Outcome:
     totals: Totals
     statistics: Mapping[str, Sequence[float]] = field(default_factory=dict)
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    privacy: Mapping[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """As plain data, without the tensors."""

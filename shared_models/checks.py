@@ -31,8 +31,8 @@ def check_contribution(
 
     Raises:
         Rejected: with one of the codes stale-round, wrong-kind, metrics, the contribution's own code, no-examples,
-            missing-entries, extra-entries, wrong-shape, wrong-dtype, not-finite, norm. With a code of its own the
-            metric sums are sound nevertheless.
+            privacy, missing-entries, extra-entries, wrong-shape, wrong-dtype, not-finite, norm. With a code of its own
+            the metric sums are sound nevertheless.
     """
     asked = (instruction.run, instruction.site, instruction.task, instruction.round)
     if (contribution.run, contribution.site, contribution.task, contribution.round) != asked:
@@ -52,6 +52,11 @@ def check_contribution(
         return 0.0
     if not contribution.examples <= MAX_COUNT:
         raise Rejected(f"{contribution.examples} examples are beyond any site", code="no-examples")
+    part = instruction.job.privacy
+    if instruction.kind == "train" and part.mode == "sample" and part.noise not in (None, contribution.noise):
+        raise Rejected(
+            f"steps with the noise multiplier {contribution.noise:g}, the job says {part.noise:g}", code="privacy"
+        )
     if contribution.examples <= 0:
         raise Rejected("an update from zero examples", code="no-examples")
     _same_names(set(contribution.groups), set(expected), "group")

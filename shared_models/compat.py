@@ -6,6 +6,7 @@ from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING
 
+from shared_models.compat_privacy import PRIVACY_RULES
 from shared_models.errors import CompatibilityError
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         lambda job: job.place == "isolated" and job.method.name != "fedavg" and not _closed_form(job),
         "isolated sites never aggregate, so method '{job.method.name}' would do nothing there",
     ),
+    *PRIVACY_RULES,
 )
 
 

@@ -9,6 +9,7 @@
     ├── DataError              private data that cannot be read as the job asks
     ├── FingerprintError       two sides that would not train the same model
     ├── PolicyError            the site has not approved what was asked of it
+    ├── PrivacyError           a round that the site's ledger, its secret or the guarantee itself does not allow
     ├── Rejected               a contribution that must not reach the sum
     ├── EnrollmentError        an invite, certificate or key that is refused
     ├── DeploymentError        a port, process or peer that is not there
@@ -77,6 +78,12 @@ class PolicyError(FedzooError):
     """The site has not approved what was asked of it."""
 
     code = "not-approved"
+
+
+class PrivacyError(FedzooError):
+    """A round that the site's ledger, its secret or the guarantee itself does not allow; nothing of it leaves."""
+
+    code = "privacy"
 
 
 class Rejected(FedzooError):  # noqa: N818

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from shared_models.errors import ConfigError
 
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
+LOCK_PAUSE = 0.005
 
 
 def write_whole(path: Path, data: bytes | str, mode: int = PRIVATE_FILE) -> None:
@@ -25,13 +30,41 @@ def write_whole(path: Path, data: bytes | str, mode: int = PRIVATE_FILE) -> None
             sink.flush()
             os.fsync(sink.fileno())
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must outlast a power cut
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)  # the rename itself must outlast a power cut
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder outlast a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def locked(path: Path, seconds: float) -> Iterator[None]:
+    """Hold the lock file `path`, which is made where it is missing; the kernel frees it however this process ends.
+
+    Raises:
+        TimeoutError: another holder, in this process or another, has kept it for so many seconds.
+    """
+    until = time.monotonic() + seconds
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE_FILE)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"another process has held {path} for {seconds:g} s") from None
+                time.sleep(LOCK_PAUSE)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def private_folder(path: Path) -> Path:

@@ -28,6 +28,7 @@ from shared_models.job_parts import (
     LoraPart,
     Part,
     Place,
+    PrivacyPart,
     SharePart,
     SimulationPart,
     StreamPart,
@@ -84,6 +85,7 @@ class Job(Part):
     lora: LoraPart = LoraPart()
     train: TrainPart = TrainPart()
     augment: AugmentPart = AugmentPart()
+    privacy: PrivacyPart = PrivacyPart()
     federation: FederationPart = FederationPart()
     stream: StreamPart = StreamPart()
     stages: tuple[Stage, ...] = ()

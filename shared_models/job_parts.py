@@ -234,6 +234,67 @@ class TrainPart(Part):
     deterministic: bool = True
 
 
+class PrivacyPart(Part):
+    """`[privacy]`: (epsilon, delta) differential privacy; neighbours differ by one unit that is added or removed.
+
+    Attributes:
+        mode: the unit: one training example (`sample`: DP-SGD at the sites) or all of a site (`client`: its update is
+            clipped). `none`: no guarantee.
+        epsilon: target of the whole run, from which the noise is found; 0: `noise` is given instead.
+        delta: of the guarantee; well below 1 / units.
+        noise: noise multiplier sigma: the noise's standard deviation is sigma times the clip. 0 gives no guarantee.
+        clip: largest L2 norm of one unit's part: of an example's gradient, or of a site's update. 0 is no clip, which
+            only `noise = 0` allows.
+        accountant: composes the rounds: `rdp` (Renyi orders), or `prv` (privacy loss distributions; tighter, slower).
+        sampling: of examples into a step: `poisson`, each on its own with the same probability; `shuffle`, as without
+            privacy, only for `noise = 0`.
+        gradients: how one example's gradient is found; `auto` takes the soundest that the model declares.
+        noise_by: who adds the noise of `client`: the `server`, which then is trusted with the updates, or the
+            `clients`, each a share, of which `federation.min_sites` make the whole.
+        mechanism: of `client`: `gaussian`, fresh noise in each round, with `federation.fraction` as the probability of
+            each site; `ftrl`, noise of a tree (Kairouz et al. 2021), the sites in turn, no sampling assumed.
+        quantile: the clip of `client` follows this quantile of the updates' norms, itself learned with noise (Andrew
+            et al. 2021); 0: the clip is fixed.
+        clip_rate: how fast it follows.
+    """
+
+    mode: Literal["none", "sample", "client"] = "none"
+    epsilon: Annotated[float, Field(ge=0)] = 0.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    noise: Annotated[float, Field(ge=0)] | None = None
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    accountant: Literal["rdp", "prv"] = "rdp"
+    sampling: Literal["poisson", "shuffle"] = "poisson"
+    gradients: Literal["auto", "vmap", "hooks", "loop"] = "auto"
+    noise_by: Literal["server", "clients"] = "server"
+    mechanism: Literal["gaussian", "ftrl"] = "gaussian"
+    quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_rate: Annotated[float, Field(gt=0)] = 0.2
+
+    @model_validator(mode="after")
+    def _one_guarantee(self) -> PrivacyPart:
+        if self.mode == "none":
+            if self.model_fields_set - {"mode"} and self != PrivacyPart():
+                raise ValueError(
+                    "mode is 'none', and then nothing else may be set; mode = 'sample' or 'client' protects"
+                )
+            return self
+        if (self.epsilon > 0) == (self.noise is not None):
+            raise ValueError("needs either epsilon, the target of the whole run, or noise, the multiplier")
+        if self.noise != 0 and (self.clip == 0 or self.sampling == "shuffle"):
+            what = "clip = 0" if self.clip == 0 else "sampling = 'shuffle'"
+            raise ValueError(f"{what} has no guarantee and goes with noise = 0 only")
+        foreign = (
+            ("noise_by", "mechanism", "quantile", "clip_rate") if self.mode == "sample" else ("sampling", "gradients")
+        )
+        for name in foreign:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing in mode '{self.mode}'")
+        if self.quantile and self.clip == 0:
+            raise ValueError("quantile needs a clip to begin with")
+        return self
+
+
 class AugmentPart(Part):
     """`[augment]`: random changes of training images; masks and boxes move along. Every default is no change.
 

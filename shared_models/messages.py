@@ -73,6 +73,7 @@ class Contribution:
         samples: examples processed, counting repeats.
         steps: optimizer steps made.
         halvings: how often batches were halved at the site because memory ran out.
+        noise: noise multiplier of its steps under sample-level differential privacy, else 0.
         metrics: mergeable sums, `"<part>/<task>/<name>"` -> tensor; merged by addition.
         groups: named tensors up, e.g. `{"model": {...}}`.
         document: the node's fingerprint document, for `probe`.
@@ -88,6 +89,7 @@ class Contribution:
     samples: int = 0
     steps: int = 0
     halvings: int = 0
+    noise: float = 0.0
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     groups: Groups = field(default_factory=dict)
     document: Mapping[str, object] = field(default_factory=dict)

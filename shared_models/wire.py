@@ -24,7 +24,7 @@ from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction, Kind, Part
 from shared_models.sums import Groups
 
-VERSION = 2
+VERSION = 3
 DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (
@@ -86,6 +86,7 @@ class _Up(_Head):
     samples: Count
     steps: Count
     halvings: Count
+    noise: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 _H = TypeVar("_H", bound=_Head)
@@ -107,6 +108,11 @@ def encode_instruction(instruction: Instruction) -> tuple[bytes, bytes]:
         evaluate=instruction.evaluate,
     )
     return head.model_dump_json().encode(), blob
+
+
+def digest(instruction: Instruction) -> str:
+    """SHA-256 of all that an instruction says, its tensors too: equal only for one that asks for the very same."""
+    return hashlib.sha256(encode_instruction(instruction)[0]).hexdigest()
 
 
 def _step(job: Job, stage: int) -> Job:
@@ -149,6 +155,7 @@ def encode_contribution(contribution: Contribution) -> tuple[bytes, bytes]:
         samples=contribution.samples,
         steps=contribution.steps,
         halvings=contribution.halvings,
+        noise=contribution.noise,
     )
     return head.model_dump_json().encode(), blob
 
@@ -169,6 +176,7 @@ def decode_contribution(manifest: bytes, blob: bytes) -> Contribution:
         samples=head.samples,
         steps=head.steps,
         halvings=head.halvings,
+        noise=head.noise,
         metrics=metrics,
         groups=groups,
         document=head.document,

@@ -6,19 +6,22 @@ stays there; a killed ServerApp costs nothing; a revoked site is out within a ro
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from opacus.accountants import RDPAccountant
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -68,6 +71,7 @@ STAGED = make_job(
         {"name": "probe", "share": {"base": ["!@head"]}, "train": {"lr": 0.2}},
     ],
 )  # fmt: skip
+NOISY = make_job(name="noisy", privacy={"mode": "sample", "noise": 2.0, "delta": 1e-3}, federation={"rounds": 8})
 LATER = make_job(name="later", federation={"rounds": 1})
 UNAPPROVED = make_job(name="unapproved", federation={"wait": 4})
 REVOKED = make_job(name="revoked", federation={"rounds": 12, "min_sites": 1})
@@ -150,7 +154,7 @@ def running(
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     root = tmp_path_factory.mktemp("federation")
-    approved = [FEDAVG, SCAFFOLD, STAGED, KILLED, FAILING, REVOKED]
+    approved = [FEDAVG, SCAFFOLD, STAGED, KILLED, NOISY, FAILING, REVOKED]
     with running(root, load_sites(FEDAVG, root), write_hospital, "imagefolder", approved) as found:
         for job in (
             FEDAVG,
@@ -326,6 +330,37 @@ def test_a_killed_server_app_costs_nothing(federation: Federation) -> None:
     assert same_bits(run, federation.simulated(KILLED))
 
 
+def test_each_site_books_every_round_once_though_workers_are_killed(federation: Federation) -> None:
+    """And what the ledger says is the epsilon of the whole run."""
+    run = federation.submit(NOISY)
+    nodes = federation.root / "nodes"
+
+    def rounds() -> int:
+        return [e["event"] for e in federation.events(run)].count("round")
+
+    for known in (1, 4):
+        eventually(lambda known=known: rounds() >= known, "no round")  # type: ignore[misc]
+        os.kill(process("client.worker", str(nodes / "site-1")), signal.SIGKILL)
+    federation.finish(run)
+    assert run.status().state == "done", run.status()
+    for site in federation.sites.names:
+        (chest,) = json.loads(fedzoo("client", "ledger", "show", "--json", "--dir", str(nodes / site)))["datasets"]
+        (booked,) = chest["runs"]
+        assert (booked["job"], booked["unit"], booked["unanswered"]) == ("noisy", "sample", 0)
+        assert booked["rounds"] == list(range(8))
+        held = len(federation.sites.splits(site).train)
+        steps = math.ceil(held / NOISY.train.batch_size)
+        (mechanism,) = booked["mechanisms"]
+        assert mechanism == {"noise": 2.0, "rate": pytest.approx(1 / steps), "steps": 8 * steps}
+        whole = RDPAccountant()
+        whole.history = [(2.0, mechanism["rate"], 8 * steps)]
+        assert chest["epsilon"] == booked["epsilon"] == pytest.approx(whole.get_epsilon(1e-5), rel=1e-9)
+        secret = (nodes / site / "secret").read_bytes()
+        assert len(secret) == 32
+        for path in federation.server.root.rglob("*"):
+            assert not path.is_file() or secret not in path.read_bytes()
+
+
 def test_a_revoked_site_is_out_within_a_round(federation: Federation) -> None:
     run = federation.submit(REVOKED)
     eventually(lambda: any(e["event"] == "round" for e in federation.events(run)), "no round")
@@ -340,6 +375,15 @@ def test_a_revoked_site_is_out_within_a_round(federation: Federation) -> None:
     eventually(
         lambda: "revoked" in fedzoo("client", "status", "--dir", str(federation.root / "nodes" / "site-3")), "said"
     )
+
+
+def process(*words: str) -> int:
+    """The process with all of these words on its command line."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if set(words) <= set(path.read_text().split("\0")):
+                return int(path.parent.name)
+    raise AssertionError(f"no process with {words}")
 
 
 def holder(lock: Path) -> int:

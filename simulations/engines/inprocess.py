@@ -8,6 +8,8 @@ from torch import Tensor
 
 from client.handler import Handler
 from client.policy import Policy
+from client.private import simulated_secret
+from client.protection import Protection
 from client.readers.base import Splits
 from client.state import MemoryState, State
 from client.workbench import Benches, Workbench
@@ -18,6 +20,8 @@ from shared_models.messages import Contribution, Instruction
 
 class InProcess:
     """An executor over simulated sites. Cost follows the cohort: a site costs nothing until it is selected.
+
+    A site's secret is made from the job's seed and its name, so that a simulation repeats: its noise protects nothing.
 
     Args:
         names: the population, any sequence; a million names may be made on demand.
@@ -39,6 +43,7 @@ class InProcess:
         self._make_state = states or (lambda name: MemoryState())
         self._left: tuple[str, int, Mapping[str, Tensor]] = ("", 0, {})
         self._states: dict[str, State] = {}
+        self._protections: dict[str, Protection] = {}
         self._policy = Policy(approve_all=True)
 
     def admit(self, probe: Callable[[str], Instruction], need: int, wait: float) -> None:
@@ -69,6 +74,15 @@ class InProcess:
         """The site's entry; what it remembers lives as long as this engine."""
         if site not in self._states:
             self._states[site] = self._make_state(site)
+            self._protections[site] = Protection(site, secret=lambda job: simulated_secret(job, site))
             if self._left[2]:
                 self._states[site].keep_start(*self._left)
-        return Handler(site, lambda job: self.splits(site), self._states[site], self._policy, self.benches, check=False)
+        return Handler(
+            site,
+            lambda job: self.splits(site),
+            self._states[site],
+            self._policy,
+            self.benches,
+            check=False,
+            protection=self._protections[site],
+        )

@@ -16,7 +16,7 @@ import client.readers
 import client.tls
 from client import status
 from client.cli import app
-from client.config import ClientConfig, save
+from client.config import ClientConfig, NodeFolder, save
 from client.enroll import Membership
 from client.status import Status
 from shared_models.errors import ConfigError, DataError, UnknownNameError
@@ -57,6 +57,7 @@ def test_check_of_a_sound_node(node):
         "certificate_until": "2033-05-18T03:33:20Z",
         "clock_ahead_seconds": pytest.approx(0, abs=0.2),
     }
+    assert report["ledger"] == {"rounds_booked": 0, "file": str(node / "ledger" / "entries.log")}
     assert "data      ok" in CliRunner().invoke(app, ["check", "--dir", str(node)]).output
 
 
@@ -87,6 +88,9 @@ def test_check_goes_on_after_a_problem_and_ends_with_1(node, monkeypatch):
     assert report["identity"]["site"] == "a"
     monkeypatch.setattr(client.readers, "check", lambda *_: {"images": 3, "unreadable": ["x.png"]})
     assert check(node)[1]["data"]["problem"] == "1 files cannot be read"
+    NodeFolder(node).mark.parent.mkdir()
+    NodeFolder(node).mark.touch()
+    assert "is gone" in check(node)[1]["ledger"]["problem"]
 
 
 def test_status_shows_what_waits_for_approval(node):

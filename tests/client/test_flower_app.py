@@ -14,9 +14,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
 import client.flower_app
-from client.config import ClientConfig, DataPart, NodeFolder, PolicyPart, ServerPart, save
+from client.config import ClientConfig, DataPart, NodeFolder, PolicyPart, PrivacyPart, ServerPart, save
 from client.flower_app import NodeData, client_app
 from client.handler import Handler
+from client.ledger import open_ledger
 from client.policy import Policy
 from client.state import MemoryState
 from client.workbench import Benches
@@ -24,6 +25,7 @@ from shared_models.errors import ConfigError, DataError
 from shared_models.flower import from_record, to_record
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction
+from shared_models.privacy import Spend
 from shared_models.spec import build_model
 from shared_models.wire import decode_contribution, encode_contribution, encode_instruction
 
@@ -97,7 +99,7 @@ def test_without_approval_a_request_is_left(node: Path, instruction: Instruction
     reply = ask(client_app(node), to_record(*encode_instruction(instruction)))
     assert (reply.code, reply.site, reply.groups) == ("not-approved", "hospital-a", {})
     assert (NodeFolder(node).requests / f"{instruction.job.hash}.toml").exists()
-    assert not NodeFolder(node).state.exists()
+    assert list(NodeFolder(node).state.iterdir()) == [NodeFolder(node).mark]
 
 
 def test_approval_in_client_toml(node: Path, instruction: Instruction) -> None:
@@ -109,6 +111,51 @@ def test_approval_in_client_toml(node: Path, instruction: Instruction) -> None:
     ):
         save(node, config.model_copy(update={"policy": policy}))
         assert ask(client_app(node), to_record(*encode_instruction(instruction))).code == code
+
+
+def test_a_site_that_takes_only_jobs_with_privacy(node: Path, instruction: Instruction) -> None:
+    config = client.flower_app.load(node)
+    save(node, config.model_copy(update={"privacy": PrivacyPart(require="any")}))
+    app = client_app(node, approve=[instruction.job.hash])
+    assert ask(app, to_record(*encode_instruction(instruction))).code == "privacy-required"
+    probe = replace(instruction, kind="probe", groups={})
+    assert ask(app, to_record(*encode_instruction(probe))).code == "privacy-required"
+
+
+def test_a_round_with_privacy_is_booked_on_the_node(
+    node: Path, instruction: Instruction, make_job: Callable[..., Job]
+) -> None:
+    job = make_job(privacy={"mode": "sample", "noise": 1.0, "delta": 1e-3})
+    asked = to_record(*encode_instruction(replace(instruction, job=job)))
+    reply = ask(client_app(node, approve=[job.hash]), asked)
+    assert (reply.code, reply.noise) == ("ok", 1.0)
+    (entry,) = open_ledger(node, client.flower_app.load(node)).entries()
+    data = str(client.flower_app.load(node).data.folder)
+    assert (entry.dataset, entry.site, entry.run, entry.round) == (data, "hospital-a", "run-7", 0)
+    assert (entry.spend, entry.unit, entry.answered) == (Spend(1.0, 0.5, 2), "sample", True)  # ten examples, by eight
+    assert NodeFolder(node).secret.stat().st_mode & 0o777 == 0o600
+    again = ask(client_app(node, approve=[job.hash]), asked)
+    assert encode_contribution(again) == encode_contribution(reply)
+    config = client.flower_app.load(node)
+    save(node, config.model_copy(update={"privacy": PrivacyPart(cap_epsilon=0.5)}))
+    later = to_record(*encode_instruction(replace(instruction, job=job, round=1)))
+    assert ask(client_app(node, approve=[job.hash]), later).code == "privacy-cap"
+    assert len(open_ledger(node, config).entries()) == 1
+
+
+def test_the_ledger_is_begun_with_the_node_and_missed_when_it_is_gone(
+    node: Path, instruction: Instruction, caplog: pytest.LogCaptureFixture
+) -> None:
+    client_app(node)
+    ledger = open_ledger(node, client.flower_app.load(node))
+    assert ledger.path.is_file()
+    client_app(node)
+    assert not caplog.records
+    ledger.path.unlink()
+    app = client_app(node, approve_all=True)
+    assert "is gone" in caplog.text
+    assert ask(app, to_record(*encode_instruction(instruction))).code == "ok"  # it books nothing
+    assert not ledger.path.exists()
 
 
 def test_an_approved_job_does_not_approve_more_work(node: Path, instruction: Instruction) -> None:
@@ -149,7 +196,7 @@ def _path_as_run(instruction: Instruction) -> RecordDict:
 
 def _other_version(instruction: Instruction) -> RecordDict:
     manifest, blob = encode_instruction(instruction)
-    return to_record(manifest.replace(b'"version":2', b'"version":99'), blob)
+    return to_record(manifest.replace(b'"version":3', b'"version":99'), blob)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +227,11 @@ def test_garbage_gets_a_code_and_runs_nothing(
         raise AssertionError
 
     monkeypatch.setattr(Handler, "handle", never)
-    reply = ask(client_app(node, approve_all=True), make(instruction))
+    app = client_app(node, approve_all=True)
+    before = {p: p.stat().st_mtime_ns for p in node.rglob("*")}
+    reply = ask(app, make(instruction))
     assert (reply.code, reply.site, reply.run, reply.groups) == (code, "hospital-a", "unknown", {})
-    assert sorted(p.name for p in node.iterdir()) == ["client.toml"]
+    assert {p: p.stat().st_mtime_ns for p in node.rglob("*")} == before
 
 
 def test_data_are_read_once_per_preprocessing(node: Path, make_job: Callable[..., Job], monkeypatch) -> None:

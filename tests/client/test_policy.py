@@ -162,3 +162,53 @@ def test_approval_while_the_node_runs(make_job: Callable[..., Job]) -> None:
         policy.require(instruction)
     agreed.append(job.hash)
     policy.require(instruction)
+
+
+# ---- jobs without privacy --------------------------------------------------------------------------------------------
+PRIVACY = {
+    "none": {},
+    "sample": {"mode": "sample", "noise": 1.0},
+    "client": {"mode": "client", "noise": 1.0},
+    "without noise": {"mode": "sample", "noise": 0.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("required", "taken"),
+    [
+        ("none", set(PRIVACY)),
+        ("sample", {"sample"}),
+        ("client", {"client"}),
+        ("any", {"sample", "client"}),
+    ],
+)
+def test_a_site_can_take_only_jobs_with_privacy(make_job: Callable[..., Job], required: str, taken: set[str]) -> None:
+    """However they were approved, and whatever they ask for."""
+    for name, part in PRIVACY.items():
+        job = make_job(privacy=part, method={"name": "fedavg", "weighting": "uniform"})
+        for policy in (Policy([job.hash], privacy=required), Policy(approve_all=True, privacy=required)):  # type: ignore[arg-type]
+            for kind in KINDS:
+                if name in taken:
+                    policy.require(ask(job, kind))
+                else:
+                    with pytest.raises(PolicyError, match="gives no guarantee that this site requires") as caught:
+                        policy.require(ask(job, kind))
+                    assert caught.value.code == "privacy-required"
+
+
+def test_what_the_job_has_instead_is_said(make_job: Callable[..., Job]) -> None:
+    with pytest.raises(PolicyError, match=r"requires \(sample or client\): its privacy mode is 'sample' without noise"):
+        Policy(approve_all=True, privacy="any").require(ask(make_job(privacy=PRIVACY["without noise"])))
+
+
+def test_stages_too(make_job: Callable[..., Job]) -> None:
+    job = make_job(stages=[{"name": "one"}, {"name": "two", "train": {"lr": 0.2}}])
+    for step in (job, *job.steps):
+        with pytest.raises(PolicyError, match="gives no guarantee"):
+            Policy(approve_all=True, privacy="sample").require(ask(step))
+
+
+def test_an_unapproved_job_is_not_told_what_the_site_requires(make_job: Callable[..., Job]) -> None:
+    with pytest.raises(PolicyError) as caught:
+        Policy(privacy="sample").require(ask(make_job()))
+    assert caught.value.code == "not-approved"

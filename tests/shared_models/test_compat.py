@@ -11,6 +11,7 @@ import pytest
 from shared_models.compat import RULES
 from shared_models.errors import CompatibilityError
 from shared_models.job import Job
+from shared_models.methods.base import Method, methods
 from shared_models.models import models
 
 MakeJob = Callable[..., Job]
@@ -23,7 +24,150 @@ ROTATION: Parts = {"model": {"name": "cnn"}, "task": {"name": "rotation"}}
 KMEANS: Parts = {"model": {"name": "kmeans"}, "task": {"name": "clustering"}}
 LLOYD: Parts = {**KMEANS, "method": {"name": "lloyd"}}
 PCA: Parts = {"model": {"name": "pca"}, "task": {"name": "reconstruction"}}
+SAMPLE: Parts = {"privacy": {"mode": "sample", "noise": 1.0}}
+CLIENT: Parts = {"privacy": {"mode": "client", "noise": 1.0}, "method": {"name": "fedavg", "weighting": "uniform"}}
+SHARES: Parts = {**CLIENT, "privacy": {"mode": "client", "noise": 1.0, "noise_by": "clients"}}
+IN_TURN: Parts = {**CLIENT, "privacy": {"mode": "client", "noise": 1.0, "mechanism": "ftrl"}}
+CLIP: Parts = {
+    "model": {"name": "clip"},
+    "task": {"name": "contrastive", "labels": []},
+    "data": {"shape": [3, 32, 32], "tokenizer": "bytes"},
+}
+ZERO_SHOT: Parts = {**CLIP, "task": {"name": "zero-shot", "labels": ["a", "b"]}}
+RESNET: Parts = {"model": {"name": "resnet18", "norm": "batch"}, "data": {"shape": [1, 32, 32]}}
+STAGES: Parts = {"stages": [{"name": "one"}]}
+
+
+class Rehearsal(Method):
+    """A continual method that replays."""
+
+    continual, name = True, "rehearsal"
+
+    def extra_batch(self, batch, round_state):  # type: ignore[no-untyped-def]
+        return batch
+
+
+class Importance(Method):
+    """A continual method that measures a task's examples and keeps the result."""
+
+    continual, name = True, "importance"
+
+    def end_task(self, model, task, batches, kept):  # type: ignore[no-untyped-def]
+        return kept
+
+
+@pytest.fixture(autouse=True)
+def continual_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "finetune" in list(methods)
+    for declared in (Rehearsal, Importance):
+        monkeypatch.setitem(methods._things, declared.name, declared)
+
+
 CASES: list[tuple[str, Parts, Parts]] = [
+    (
+        "the task 'contrastive' compares the examples of a batch with each other; privacy.mode = 'client' protects",
+        {**SAMPLE, **CLIP},
+        {**CLIENT, **CLIP},
+    ),
+    (
+        "model 'clip' has no per-sample gradients, so privacy.mode = 'sample' cannot clip what one example does",
+        {**SAMPLE, **ZERO_SHOT},
+        {**CLIENT, **ZERO_SHOT},
+    ),
+    (
+        "model 'lstm' has no per-sample gradients by privacy.gradients = 'hooks'; 'auto' takes the soundest",
+        {
+            "model": {"name": "lstm"},
+            "data": {"shape": [8], "tokenizer": "bytes"},
+            "privacy": {"mode": "sample", "noise": 1.0, "gradients": "hooks"},
+        },
+        {**SAMPLE, "model": {"name": "lstm"}, "data": {"shape": [8], "tokenizer": "bytes"}},
+    ),
+    (
+        "statistics are not protected by privacy.mode = 'client'; norm = 'group', [share] base = ['!@head']",
+        {**CLIENT, **RESNET},
+        {**SAMPLE, **RESNET, "share": {"base": ["!@head"]}},
+    ),
+    (
+        "train.clip = 1.0 clips the gradient of a batch after the noise of privacy.mode = 'sample'",
+        {**SAMPLE, "train": {"clip": 1.0}},
+        {**SAMPLE, "train": {"clip": 0.0}},
+    ),
+    (
+        "data.normalise_by = 'sites' sends sums of examples without noise, outside of what privacy.mode = 'sample'",
+        {**SAMPLE, "data": {"normalise_by": "sites"}},
+        {**SAMPLE, "data": {"mean": [0.2], "std": [0.3]}},
+    ),
+    (
+        "[[stages]] read the same examples in each stage, and privacy.epsilon would be that of one stage alone",
+        {**SAMPLE, **STAGES},
+        STAGES,
+    ),
+    (
+        "method 'lloyd' sends sums of examples without noise, and privacy.mode = 'sample' has none for them",
+        {**SAMPLE, **LLOYD},
+        {**SAMPLE, **KMEANS},
+    ),
+    (
+        "continual method 'rehearsal' replays examples, which are drawn from its buffer otherwise than by the Poisson",
+        {**SAMPLE, "continual": {"name": "rehearsal"}},
+        {**CLIENT, "continual": {"name": "rehearsal"}},
+    ),
+    (
+        "continual method 'importance' keeps what it measured on a task's examples without noise",
+        {**SAMPLE, "continual": {"name": "importance"}},
+        {**CLIENT, "continual": {"name": "importance"}},
+    ),
+    (
+        "train.deterministic = false: a round that is done again after a crash would give other numbers under the same",
+        {**SAMPLE, "train": {"deterministic": False}},
+        {**CLIENT, "train": {"deterministic": False}},
+    ),
+    (
+        "place = 'centralized' makes rounds of different length where federation.fraction = 0.5",
+        {"privacy": {"mode": "sample", "epsilon": 3.0}, "place": "centralized", "federation": {"fraction": 0.5}},
+        {**SAMPLE, "place": "centralized", "federation": {"fraction": 0.5}},
+    ),
+    (
+        "privacy.mode = 'client' hides a site among others, and place = 'isolated' has no others",
+        {**CLIENT, "place": "isolated"},
+        {**SAMPLE, "place": "isolated"},
+    ),
+    (
+        "[method] weighting = 'examples' would let a large site weigh more; set weighting = 'uniform'",
+        {**CLIENT, "method": {"name": "fedprox"}},
+        {**CLIENT, "method": {"name": "fedprox", "weighting": "uniform"}},
+    ),
+    (
+        "method 'scaffold' sends more than the model, and privacy.mode = 'client' clips the model's update alone",
+        {**CLIENT, "method": {"name": "scaffold", "weighting": "uniform"}},
+        {**SAMPLE, "method": {"name": "scaffold", "weighting": "uniform"}},
+    ),
+    (
+        "federation.select = 'best' chooses by what sites measure, without noise",
+        {**CLIENT, "federation": {"select": "best"}},
+        {**SAMPLE, "federation": {"select": "best"}},
+    ),
+    (
+        "federation.fraction = 0.5 leaves to chance how many come; noise_by = 'server' samples",
+        {**SHARES, "federation": {"fraction": 0.5}},
+        {**CLIENT, "federation": {"fraction": 0.5}},
+    ),
+    (
+        "privacy.mechanism = 'ftrl' correlates the noise of rounds, which privacy.noise_by = 'clients' cannot",
+        {**IN_TURN, "privacy": {**IN_TURN["privacy"], "noise_by": "clients"}},
+        {**IN_TURN, "federation": {"fraction": 0.5}},
+    ),
+    (
+        "privacy.quantile moves the clip by a count of unclipped updates, which only privacy.noise_by = 'server' sees",
+        {**SHARES, "privacy": {**SHARES["privacy"], "quantile": 0.5}},
+        {**CLIENT, "privacy": {**CLIENT["privacy"], "quantile": 0.5}},
+    ),
+    (
+        "privacy.quantile changes the clip between rounds, and the noise of privacy.mechanism = 'ftrl' is that of one",
+        {**IN_TURN, "privacy": {**IN_TURN["privacy"], "quantile": 0.5}},
+        IN_TURN,
+    ),
     (
         "augment.quarter_turns turns images before the task 'rotation' does, which then cannot tell how far",
         {**ROTATION, "augment": {"quarter_turns": True}},

@@ -78,7 +78,7 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
         ("continual.name=finetun", "unknown method 'finetun'. did you mean 'finetune'?"),
         ("task.name=clasification", "unknown task 'clasification'. did you mean 'classification'"),
         ("task.topk=5", "job.toml: [task]: unknown key 'topk'"),
-        ("trian.lr=1", "job.toml: unknown key 'trian', did you mean 'train' or 'stream'?"),
+        ("trian.lr=1", "job.toml: unknown key 'trian', did you mean 'train' or 'stream' or 'privacy'?"),
         ("train.learning=1", "job.toml: unknown key 'train.learning'"),
         ("train.optimiser=sgd", "job.toml: unknown key 'train.optimiser', did you mean 'optimizer'?"),
         ("train.lr=-1", "job.toml: 'train.lr' should be greater than 0, not -1"),
@@ -175,6 +175,8 @@ def test_the_hash_covers_everything_but_the_simulation(make_job: MakeJob) -> Non
         {"federation": {"max_update_norm": 5.0}},
         {"federation": {"select": "best"}},
         {"stream": {"tasks": 2}},
+        {"privacy": {"mode": "sample", "epsilon": 3.0}},
+        {"privacy": {"mode": "sample", "noise": 3.0}},
     ]
     hashes = [make_job(**other).hash for other in others]
     assert len({base.hash, *hashes}) == len(others) + 1
@@ -203,7 +205,9 @@ def test_the_hash_never_changes_by_accident() -> None:
         '"min_sites":1,"round_timeout":3600.0,"rounds":10,"select":"last","wait":86400.0},'
         '"lora":{"alpha":16.0,"rank":0,"targets":[]},'
         '"method":{"name":"fedavg","weighting":"examples"},"model":{"name":"logistic","size":"tiny"},'
-        '"name":"pinned","place":"federated","seed":0,"share":{"base":[],"personal":[]},"stages":[],"stream":{"tasks":5},'
+        '"name":"pinned","place":"federated","privacy":{"accountant":"rdp","clip":1.0,"clip_rate":0.2,"delta":1e-05,'
+        '"epsilon":0.0,"gradients":"auto","mechanism":"gaussian","mode":"none","noise":null,"noise_by":"server",'
+        '"quantile":0.0,"sampling":"poisson"},"seed":0,"share":{"base":[],"personal":[]},"stages":[],"stream":{"tasks":5},'
         '"task":{"aliases":{},"class_weights":[],"headline":null,"label_smoothing":0.0,"labels":["a","b"],'
         '"name":"classification"},"time":"offline","train":{"accumulate":1,"batch_size":32,"clip":0.0,'
         '"deterministic":true,"epochs":1.0,"lr":0.05,"momentum":0.0,"optimizer":"sgd","precision":"fp32",'

@@ -1,0 +1,155 @@
+"""What a site protects its data with in a round: a secret, a ledger in which the round is booked first, and noise."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from client.ledger import Ledger, MemoryLedger
+from client.private import Plan, clip_factors, sampling_rate, site_noise
+from client.trainer import count_samples, count_steps
+from shared_models.errors import PrivacyError
+from shared_models.job import Job
+from shared_models.messages import Budget, Instruction
+from shared_models.noise import derive, normal_like
+from shared_models.privacy import Spend, client_noise, client_spend
+from shared_models.schedule import round_budget, task_of
+from shared_models.sums import Groups
+from shared_models.wire import digest, flatten
+
+
+class Protection:
+    """A site's means of privacy.
+
+    Args:
+        site: its name.
+        ledger: where rounds are booked; in memory by default.
+        dataset: the name under which they are booked.
+        secret: what all is drawn from that must be unknown to others; without one, jobs with privacy are refused.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        ledger: Ledger | None = None,
+        dataset: str = "",
+        secret: Callable[[Job], bytes] | None = None,
+    ) -> None:
+        self.site = site
+        self.ledger = ledger or MemoryLedger()
+        self.dataset = dataset or site
+        self.secret = secret
+
+    def book(self, instruction: Instruction, counts: Sequence[int], kept: Mapping[str, Groups]) -> Plan | None:
+        """Book a training round, before anything of it is drawn; None for a job without privacy.
+
+        Args:
+            instruction: to train.
+            counts: the site's training examples, task by task of the stream.
+            kept: what the site remembers; it is part of the key, so that no two different gradients get one noise.
+
+        Raises:
+            PrivacyError: more is asked than the target allows, delta is too large for so many examples, there is no
+                secret, or as `Ledger.reserve`.
+        """
+        job, part = instruction.job, instruction.job.privacy
+        if part.mode == "none":
+            return None
+        if self.secret is None:
+            raise PrivacyError("this site has no secret to draw noise from", code="no-secret")
+        spend = round_spend(job, instruction.round, instruction.budget, counts)
+        asked = digest(instruction)
+        self.ledger.reserve(
+            self.dataset,
+            instruction.run,
+            instruction.task,
+            instruction.round,
+            spend,
+            part.delta,
+            part.mode,
+            digest=asked,
+            job=job.name,
+        )
+        where = (instruction.run, self.site, instruction.task, instruction.round)
+        return Plan(spend, derive(self.secret(job), "round", job.whole.hash, *where, asked, _digest(kept)))
+
+    def answered(self, instruction: Instruction) -> None:
+        """Say that a booked round's answer is kept and may leave."""
+        if instruction.kind == "train" and instruction.job.privacy.mode != "none":
+            self.ledger.answered(instruction.run, instruction.task, instruction.round)
+
+
+def round_spend(job: Job, round: int, budget: Budget, counts: Sequence[int]) -> Spend:
+    """What one round spends of a site with so many training examples in each task.
+
+    Raises:
+        PrivacyError: as `Protection.book`.
+    """
+    part = job.privacy
+    if part.mode == "client":
+        whole = client_spend(job, 1)
+        if part.noise_by == "server":
+            return whole
+        return Spend(
+            whole.noise / math.sqrt(job.federation.min_sites), 1.0, 1
+        )  # its own share: all that it can vouch for
+    held = counts[task_of(job, round)]
+    if part.delta >= 1 / held and part.noise != 0:
+        raise PrivacyError(
+            f"privacy.delta = {part.delta:g} is not below 1/{held}, one by the number of training examples: it would "
+            "allow to publish one of them",
+            hint="Lower privacy.delta",
+            code="delta",
+        )
+    rate, steps = _mechanism(job, held, budget)
+    planned = [
+        _mechanism(job, counts[task_of(job, r)], round_budget(job, r))
+        for r in range(job.federation.rounds)
+        if counts[task_of(job, r)]
+    ]
+    if part.noise is None and steps > _mechanism(job, held, round_budget(job, round))[1]:
+        raise PrivacyError(
+            f"round {round} asks for more training than the job says, and the target epsilon covers no more",
+            hint="Give privacy.noise instead of privacy.epsilon, or ask the server's operator",
+            code="beyond-job",
+        )
+    return Spend(site_noise(job, planned), rate, steps)
+
+
+def _mechanism(job: Job, held: int, budget: Budget) -> tuple[float, int]:
+    """(rate, steps) of a round's DP-SGD."""
+    size = job.train.batch_size
+    steps = count_steps(held, size, budget)
+    return sampling_rate(held, count_samples(held, size, budget), steps), steps
+
+
+def with_share(job: Job, plan: Plan, model: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> Groups:
+    """A site's model with its update clipped and its share of the noise added, as `noise_by = "clients"` wants it.
+
+    `federation.min_sites` shares, the fewest of which a round is made, have the standard deviation sigma C together.
+    """
+    part = job.privacy
+    change = {n: model[n].float() - start[n].float() for n in model}
+    norm = torch.stack([c.norm() for c in change.values()]).norm()
+    factor = clip_factors(norm[None], part.clip)[0]
+    deviation = client_noise(job) * part.clip / math.sqrt(job.federation.min_sites)
+    if deviation == 0 and factor == 1:
+        return {"model": model}
+    noise = normal_like(derive(plan.key, "share"), change) if deviation else {n: torch.zeros(()) for n in change}
+    moved = {
+        n: (start[n] + torch.nan_to_num(c) * factor + deviation * noise[n]).to(model[n].dtype)
+        for n, c in change.items()
+    }
+    return {"model": moved}
+
+
+def _digest(kept: Mapping[str, Groups]) -> str:
+    found = hashlib.sha256()
+    for owner in sorted(kept):
+        for name, tensor in sorted(flatten(kept[owner]).items()):
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            found.update(f"{owner}/{name}/{len(raw)}:".encode() + raw)
+    return found.hexdigest()
