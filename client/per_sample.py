@@ -205,7 +205,7 @@ def _difference(found: PerSample, batch: Batch, seed: int) -> float:
     singles = [batch[i : i + 1] for i in range(len(batch))]
     reference = torch.cat([flat(seeded(loop, single)) for single in singles])
     try:
-        if found.way == "hooks" and _draws(found, batch, seed):  # a batch draws otherwise than its examples alone
+        if found.way != "vmap" and _draws(found, batch, seed):  # a batch draws otherwise than its examples alone
             given = torch.cat([flat(seeded(found, single)) for single in singles])
         else:
             given = flat(seeded(found, batch))
