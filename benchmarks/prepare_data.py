@@ -3,7 +3,7 @@
     python benchmarks/prepare_data.py <folder that holds the data sets> <folder for the files>
 
 AG News gets a header, Multi30k's files the names of their parts, CIFAR-10 becomes one archive of a subset, train and
-test from its own.
+test from its own, MNIST one whose validation part is the end of its training images.
 """
 
 from __future__ import annotations
@@ -52,9 +52,19 @@ def cifar10(source: Path, target: Path) -> None:
     np.savez_compressed(target / "cifar10.npz", **arrays)
 
 
+def mnist(source: Path, target: Path) -> None:
+    """`mnist.npz`, as MedMNIST names its arrays: 59,000, 1,000 and 10,000 images."""
+    with np.load(source / "mnist.npz") as given:
+        arrays = {"test_images": given["x_test"], "test_labels": given["y_test"]}
+        for part, rows in (("train", slice(0, 59_000)), ("val", slice(59_000, 60_000))):
+            arrays |= {f"{part}_images": given["x_train"][rows], f"{part}_labels": given["y_train"][rows]}
+    np.savez_compressed(target / "mnist.npz", **arrays)
+
+
 if __name__ == "__main__":
     origin, goal = map(Path, sys.argv[1:3])
     goal.mkdir(parents=True, exist_ok=True)
     ag_news(origin / "ag_news_test", goal)
     multi30k(origin / "multi30k", goal)
     cifar10(origin / "cifar10", goal)
+    mnist(origin / "mnist", goal)
