@@ -31,7 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "private_mnist.json"
 POOLED = ["place=centralized"]
 SITES = ["train.batch_size=500"]
 CLIENT = [
-    "privacy.mode=client", "privacy.clip=0.3", "method.weighting=uniform", "federation.rounds=5", "train.lr=0.1",
+    "privacy.mode=client", "privacy.clip=1.0", "method.weighting=uniform", "federation.rounds=5", "train.lr=0.1",
     "train.batch_size=50",
 ]  # fmt: skip
 ROWS = {
