@@ -96,12 +96,10 @@ def round_spend(job: Job, round: int, budget: Budget, counts: Sequence[int]) -> 
     """
     part = job.privacy
     if part.mode == "client":
-        whole = client_spend(job, 1)
-        if part.noise_by == "server":
-            return whole
-        return Spend(
-            whole.noise / math.sqrt(job.federation.min_sites), 1.0, 1
-        )  # its own share: all that it can vouch for
+        # a site knows that it takes part: the chance that it would not have been asked hides nothing in its own book
+        noise = client_spend(job, 1).noise
+        share = math.sqrt(job.federation.min_sites) if part.noise_by == "clients" else 1.0
+        return Spend(noise / share, 1.0, 1)  # of noise that is shared out, it can vouch for its own part alone
     held = counts[task_of(job, round)]
     if part.delta >= 1 / held and part.noise != 0:
         raise PrivacyError(

@@ -101,6 +101,13 @@ def test_one_site_more_moves_the_sum_by_at_most_the_clip(client_job: MakeJob) ->
         assert float((sums - before).norm()) <= 0.7 * (1 + 1e-6)
 
 
+def test_too_few_shares_of_noise_end_the_run(client_job: MakeJob) -> None:
+    privacy = made(client_job({"noise_by": "clients"}, federation={"min_sites": 3}))
+    assert privacy.released(START, START, 3, 4, 0) is not None
+    with pytest.raises(RunError, match="2 sites added their share of the noise, 3 make the whole of it"):
+        privacy.released(START, START, 2, 4, 0)
+
+
 def test_running_statistics_are_refused(client_job: MakeJob) -> None:
     parts = {"model": {"name": "resnet18", "norm": "batch"}, "data": {"shape": [1, 32, 32]}}
     job = client_job(**parts, share={"base": ["conv1.weight"]})
@@ -136,6 +143,23 @@ def test_adaptive_clipping_by_hand(client_job: MakeJob) -> None:
     privacy.released(START, START, 4, 4, 0)
     drawn = 4 / 20 * float(normal(derive(privacy.secret, "count", 0), 1)[0])
     assert privacy.state["clip"] == pytest.approx(math.exp(-0.2 * ((3 + drawn) / 4 - 0.5)), rel=1e-6)
+
+
+def test_one_site_more_moves_the_count_by_one_half(client_job: MakeJob) -> None:
+    """In units of its own noise: the logarithm of the clip says what was added up, the noise being the same."""
+
+    def counted(*norms: float) -> float:
+        privacy = made(client_job({"noise": 1.0, "clip": 1.0, "quantile": 0.5, "clip_rate": 1.0}))
+        privacy.cohort(["a", "b"], 0)
+        for norm in norms:
+            privacy.bounded(moved(norm, 0.0, 0.0), START)
+        privacy.released(START, START, len(norms), 2, 0)
+        return -2 * math.log(privacy.state["clip"])  # of two sites that were expected
+
+    alone = counted(0.5)
+    assert counted(0.5, 0.5) - alone == pytest.approx(0.5)
+    assert counted(0.5, 3.0) - alone == pytest.approx(-0.5)
+    assert split_noise(1.0, 0.5, 2)[1] == 2.0
 
 
 def test_noise_is_split_between_updates_and_count_at_the_stated_cost() -> None:
