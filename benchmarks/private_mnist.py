@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 JOB = ROOT / "examples" / "mnist-private.toml"
 RESULTS = ROOT / "benchmarks" / "results" / "private_mnist.json"
 POOLED = ["place=centralized"]
-SITES = ["train.batch_size=500"]
+SITES = ["train.batch_size=100"]
 CLIENT = [
     "privacy.mode=client", "privacy.clip=1.0", "method.weighting=uniform", "federation.rounds=5", "train.lr=0.1",
     "train.batch_size=50",
@@ -38,10 +38,13 @@ ROWS = {
     "centralized-1.2": [*POOLED, "privacy.epsilon=1.2"],
     "centralized-2.9": [*POOLED, "privacy.epsilon=2.9"],
     "centralized-6.9": [*POOLED, "privacy.epsilon=6.9"],
+    "centralized-2.9 seed 1": [*POOLED, "privacy.epsilon=2.9", "seed=1"],
+    "centralized-6.9 seed 1": [*POOLED, "privacy.epsilon=6.9", "seed=1"],
     "sample-1.2": [*SITES, "privacy.epsilon=1.2"],
     "sample-2.9": [*SITES, "privacy.epsilon=2.9"],
     "sample-6.9": [*SITES, "privacy.epsilon=6.9"],
     "client-6.9": [*CLIENT, "privacy.epsilon=6.9"],
+    "client-30": [*CLIENT, "privacy.epsilon=30.0"],
     "client-100": [*CLIENT, "privacy.epsilon=100.0"],
     "client-1000": [*CLIENT, "privacy.epsilon=1000.0"],
     "centralized-none": [*POOLED, "train.lr=0.1", "train.batch_size=50", "federation.rounds=5"],
@@ -82,7 +85,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     lines = ["| row | unit | epsilon, delta 1e-5 | noise | test accuracy, % | published | seconds |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for name, row in found.items():
-        spent, target = row["privacy"], name.rpartition("-")[2]
+        spent, target = row["privacy"], name.rpartition("-")[2].partition(" ")[0]
         epsilon = bound(max(spent["epsilon"].values())) if spent else "none"
         published = PUBLISHED.get(target, "") if name.startswith("centralized") else ""
         unit, noise = (spent["unit"], f"{row['noise']:.3g}") if spent else ("none", "0")
