@@ -162,7 +162,8 @@ def client_spend(job: Job, rounds: int) -> Spend:
 def bound(value: float) -> str:
     """Three significant digits, rounded up: what is shown is never less than what was spent."""
     digits = 2 - math.floor(math.log10(value)) if value > 0 else 2
-    return f"{math.ceil(value * 10**digits * (1 - 1e-12)) / 10**digits:.3g}"
+    text = f"{math.ceil(value * 10.0**digits * (1 - 1e-12)) / 10.0**digits:.{max(digits, 0)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def statement(unit: str, value: float | None, delta: float, accountant: str) -> str:
