@@ -3,7 +3,8 @@
     python benchmarks/prepare_data.py <folder that holds the data sets> <folder for the files>
 
 AG News gets a header, Multi30k's files the names of their parts, CIFAR-10 becomes one archive of a subset and MNIST
-one of all, train and test from their own; of Shakespeare, what all but the ten roles say that speak most stands apart.
+one whose validation part is the end of its training images; of Shakespeare, what all say but the ten roles that speak
+most stands apart.
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ def cifar10(source: Path, target: Path) -> None:
 
 
 def mnist(source: Path, target: Path) -> None:
-    """`mnist.npz`, as MedMNIST names its arrays; the last 5,000 training images are for validation."""
-    with np.load(source / "mnist.npz") as file:
-        x, y, arrays = file["x_train"], file["y_train"], {"test_images": file["x_test"], "test_labels": file["y_test"]}
-    for part, rows in {"train": slice(-5000), "val": slice(-5000, None)}.items():
-        arrays |= {f"{part}_images": x[rows], f"{part}_labels": y[rows]}
+    """`mnist.npz`, as MedMNIST names its arrays: 59,000, 1,000 and 10,000 images."""
+    with np.load(source / "mnist.npz") as given:
+        arrays = {"test_images": given["x_test"], "test_labels": given["y_test"]}
+        for part, rows in (("train", slice(0, 59_000)), ("val", slice(59_000, 60_000))):
+            arrays |= {f"{part}_images": given["x_train"][rows], f"{part}_labels": given["y_train"][rows]}
     np.savez_compressed(target / "mnist.npz", **arrays)
 
 

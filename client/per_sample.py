@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -119,7 +120,9 @@ class PerSample:
         try:
             with self.autocast():
                 loss = hooked(batch.x.contiguous(), batch.y, batch.proposals)
-            loss.sum().backward()
+            with warnings.catch_warnings():  # torch tells that the inputs need no gradient, as is meant
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                loss.sum().backward()
             return {n: self._sample(p, len(batch)) for n, p in self.trained.items()}
         finally:
             hooked.to_standard_module()  # the model is as before: nothing of Opacus stays on it
@@ -205,7 +208,7 @@ def _difference(found: PerSample, batch: Batch, seed: int) -> float:
     singles = [batch[i : i + 1] for i in range(len(batch))]
     reference = torch.cat([flat(seeded(loop, single)) for single in singles])
     try:
-        if found.way == "hooks" and _draws(found, batch, seed):  # a batch draws otherwise than its examples alone
+        if found.way != "vmap" and _draws(found, batch, seed):  # a batch draws otherwise than its examples alone
             given = torch.cat([flat(seeded(found, single)) for single in singles])
         else:
             given = flat(seeded(found, batch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -29,6 +30,8 @@ class Protection:
         ledger: where rounds are booked; in memory by default.
         dataset: the name under which they are booked.
         secret: what all is drawn from that must be unknown to others; without one, jobs with privacy are refused.
+        repeats: leave the run's id out of what is drawn, so that a simulation repeats; never at a node, where two runs
+            of one job must not share their noise.
     """
 
     def __init__(
@@ -37,11 +40,13 @@ class Protection:
         ledger: Ledger | None = None,
         dataset: str = "",
         secret: Callable[[Job], bytes] | None = None,
+        repeats: bool = False,
     ) -> None:
         self.site = site
         self.ledger = ledger or MemoryLedger()
         self.dataset = dataset or site
         self.secret = secret
+        self.repeats = repeats
 
     def book(self, instruction: Instruction, counts: Sequence[int], kept: Mapping[str, Groups]) -> Plan | None:
         """Book a training round, before anything of it is drawn; None for a job without privacy.
@@ -61,7 +66,8 @@ class Protection:
         if self.secret is None:
             raise PrivacyError("this site has no secret to draw noise from", code="no-secret")
         spend = round_spend(job, instruction.round, instruction.budget, counts)
-        asked = digest(instruction)
+        named = replace(instruction, run="simulation") if self.repeats else instruction
+        asked = digest(named)
         self.ledger.reserve(
             self.dataset,
             instruction.run,
@@ -73,7 +79,7 @@ class Protection:
             digest=asked,
             job=job.name,
         )
-        where = (instruction.run, self.site, instruction.task, instruction.round)
+        where = (named.run, self.site, named.task, named.round)
         return Plan(spend, derive(self.secret(job), "round", job.whole.hash, *where, asked, _digest(kept)))
 
     def answered(self, instruction: Instruction) -> None:
@@ -90,12 +96,10 @@ def round_spend(job: Job, round: int, budget: Budget, counts: Sequence[int]) -> 
     """
     part = job.privacy
     if part.mode == "client":
-        whole = client_spend(job, 1)
-        if part.noise_by == "server":
-            return whole
-        return Spend(
-            whole.noise / math.sqrt(job.federation.min_sites), 1.0, 1
-        )  # its own share: all that it can vouch for
+        # a site knows that it takes part: the chance that it would not have been asked hides nothing in its own book
+        noise = client_spend(job, 1).noise
+        share = math.sqrt(job.federation.min_sites) if part.noise_by == "clients" else 1.0
+        return Spend(noise / share, 1.0, 1)  # of noise that is shared out, it can vouch for its own part alone
     held = counts[task_of(job, round)]
     if part.delta >= 1 / held and part.noise != 0:
         raise PrivacyError(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from server.selection import select
-from shared_models.errors import CompatibilityError
+from shared_models.errors import CompatibilityError, RunError
 from shared_models.job import Job
 from shared_models.keys import chooser
 from shared_models.messages import OK, Contribution
@@ -172,8 +172,17 @@ class ClientPrivacy(Privacy):
         return {**groups, "model": {n: start[n] + (factor * c).to(start[n].dtype) for n, c in change.items()}}
 
     def released(self, means: Groups | None, down: Groups, accepted: int, population: int, round: int) -> Groups | None:
-        """The mean over the sites that were expected, with noise; where nobody came, noise alone."""
-        start, count = down["model"], self.expected(population)
+        """The mean over the sites that were expected, with noise; where nobody came, noise alone.
+
+        Raises:
+            RunError: the sites add the noise, and too few did.
+        """
+        start, count, least = down["model"], self.expected(population), self.job.federation.min_sites
+        if not self.by_server and self.noise and accepted < least:
+            raise RunError(
+                f"round {round}: {accepted} sites added their share of the noise, {least} make the whole of it",
+                hint="The model was not given out; the run can be resumed from its checkpoint",
+            )
         if means is None:
             if self.noise == 0 or not self.by_server:
                 return None
@@ -186,19 +195,23 @@ class ClientPrivacy(Privacy):
             scale, deviation = split_noise(self.noise, self.part.quantile, count)
             for name, noise in self.drawn(model, round).items():
                 model[name] = model[name] + noise * (scale * self.state["clip"] / count)
-            self._follow(count, deviation, round)
+            self._follow(accepted, count, deviation, round)
         return {**means, "model": model}
 
     def drawn(self, model: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
         """This round's noise, standard normal."""
         return normal_like(derive(self.secret, "noise", round), model)
 
-    def _follow(self, count: float, deviation: float, round: int) -> None:
-        """Andrew et al. 2021: C <- C exp(-rate (b - quantile)), b the noisy share of updates below the clip."""
+    def _follow(self, came: int, count: float, deviation: float, round: int) -> None:
+        """Andrew et al. 2021: C <- C exp(-rate (b - quantile)), b the noisy share of updates below the clip.
+
+        What is added up is 1/2 for an update below the clip and -1/2 for one above, so that a site more or less moves
+        the sum by 1/2, which is what `split_noise` counts on.
+        """
         if not self.part.quantile:
             return
-        noisy = self._below + deviation * float(normal(derive(self.secret, "count", round), 1)[0])
-        self.state["clip"] *= math.exp(-self.part.clip_rate * (noisy / count - self.part.quantile))
+        noisy = self._below - came / 2 + deviation * float(normal(derive(self.secret, "count", round), 1)[0])
+        self.state["clip"] *= math.exp(-self.part.clip_rate * (noisy / count + 0.5 - self.part.quantile))
 
     def settle(self, round: int) -> None:
         """One round more."""

@@ -163,7 +163,8 @@ def describe(event: dict[str, Any]) -> str:
         return f"{kind} {event['site']}: {event['code']}{detail}"
     if kind == "end":
         found = _headline(event, "test", " on all sites' tests")
-        return f"done: {found}" if found else "done"
+        spent = event.get("privacy", {}).get("statement")
+        return "; ".join(filter(None, (f"done: {found}" if found else "done", spent)))
     return {"resumed": f"resumed at round {event.get('round')}", "failed": f"failed: {event.get('reason')}"}.get(
         kind, ""
     )

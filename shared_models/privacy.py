@@ -159,11 +159,18 @@ def client_spend(job: Job, rounds: int) -> Spend:
 
 
 # ---- how it is said --------------------------------------------------------------------------------------------------
+def bound(value: float) -> str:
+    """Three significant digits, rounded up: what is shown is never less than what was spent."""
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 2
+    text = f"{math.ceil(value * 10.0**digits * (1 - 1e-12)) / 10.0**digits:.{max(digits, 0)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def statement(unit: str, value: float | None, delta: float, accountant: str) -> str:
     """A guarantee in words: never without unit, epsilon, delta and neighbours."""
     if value is None or not math.isfinite(value):
         return f"no differential privacy (unit {unit}: the noise is 0)"
     return (
-        f"epsilon {value:.3g} at delta {delta:g}, unit {unit}, neighbours: {RELATIONS[unit]} "
+        f"epsilon {bound(value)} at delta {delta:g}, unit {unit}, neighbours: {RELATIONS[unit]} "
         f"({accountant.upper()} accountant)"
     )

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -111,8 +112,13 @@ def encode_instruction(instruction: Instruction) -> tuple[bytes, bytes]:
 
 
 def digest(instruction: Instruction) -> str:
-    """SHA-256 of all that an instruction says, its tensors too: equal only for one that asks for the very same."""
-    return hashlib.sha256(encode_instruction(instruction)[0]).hexdigest()
+    """SHA-256 of all that an instruction says, its tensors too: equal only for one that asks for the very same.
+
+    The order of tensors says nothing: a server that resumes from its checkpoint may send them in another.
+    """
+    groups = {group: dict(sorted(tensors.items())) for group, tensors in sorted(instruction.groups.items())}
+    ordered = replace(instruction, groups=groups, statistics=dict(sorted(instruction.statistics.items())))
+    return hashlib.sha256(encode_instruction(ordered)[0]).hexdigest()
 
 
 def _step(job: Job, stage: int) -> Job:

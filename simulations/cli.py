@@ -1,4 +1,4 @@
-"""`fedzoo demo`, `simulate`, `compare` and `report`."""
+"""`fedzoo demo`, `simulate`, `compare`, `report` and `privacy`."""
 
 from __future__ import annotations
 
@@ -109,6 +109,25 @@ def report(
     typer.echo(json.dumps({"report": str(path)}) if as_json else f"report {path}")
 
 
+@app.command()
+def privacy(
+    job: JobFile,
+    examples: Annotated[int | None, typer.Option(min=1, help="A site's training examples, for mode 'sample'.")] = None,
+    set: Set = None,
+    as_json: Json = False,
+) -> None:
+    """What a job spends of differential privacy, before it runs: noise, sampling and epsilon."""
+    from shared_models.job import Job
+    from simulations.privacy_cost import cost
+
+    found = cost(Job.load(job, set or ()), examples)
+    if as_json:
+        typer.echo(json.dumps(found.document()))
+        return
+    for line in found.lines():
+        typer.echo(line)
+
+
 def _leave(comparison: Comparison, folder: Path, as_json: bool) -> None:
     """Write comparison and report, show the table."""
     from rich.console import Console
@@ -124,7 +143,7 @@ def _leave(comparison: Comparison, folder: Path, as_json: bool) -> None:
     console = Console()
     for table in report.tables(comparison, console.width):
         console.print(table)
-    for line in verdicts(comparison):
+    for line in (*report.guarantees(comparison), *verdicts(comparison)):
         console.print(line)
     typer.echo(f"report {page}")
 

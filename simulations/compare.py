@@ -19,6 +19,7 @@ from client.workbench import Benches
 from server.outcome import Totals
 from shared_models.errors import ConfigError, FedzooError, RunError
 from shared_models.job import Job
+from shared_models.job_parts import PrivacyPart
 from shared_models.methods.base import make_method, overrides
 from shared_models.spec import build_model
 from shared_models.tasks.base import Target, make_task
@@ -28,7 +29,7 @@ from simulations.paradigms import paradigms as places
 from simulations.partition import SitePopulation, make_partition, same_sites
 from simulations.pictures import colours, pictures, with_truth
 from simulations.quotes import quotes
-from simulations.results import Budget, Cell, Comparison, Partition, Place, Time
+from simulations.results import Budget, Cell, Comparison, Guarantee, Partition, Place, Time
 
 PLACES: tuple[Place, ...] = ("centralized", "federated", "isolated")
 TIMES: tuple[Time, ...] = ("offline", "continual")
@@ -76,9 +77,12 @@ def read_pool(job: Job, base: Path, skip_bad: int = 0) -> Store:
 def variant(job: Job, place: Place, time: Time, seed: int) -> Job:
     """The job of one cell. A single site aggregates nothing, so every method is plain local training there.
 
-    But one that solves instead of training (k-means, PCA) does so at a single site too.
+    But one that solves instead of training (k-means, PCA) does so at a single site too. A job whose unit of privacy is
+    the site has none at a place without other sites; its table says so.
     """
     changes: dict[str, Any] = {"place": place, "time": time, "seed": seed}
+    if job.privacy.mode == "client" and place != "federated":  # no other site to be hidden among
+        changes["privacy"] = PrivacyPart().model_dump()
     if place != "federated":  # a lone model has no other to be personal beside, and would be measured with half of it
         changes |= _alone(job, {})
         changes["stages"] = [
@@ -290,6 +294,7 @@ def _cell(place: Place, time: Time, results: Sequence[Result], error: str | None
         budget=Budget(**counted),
         seconds=[r.totals.seconds for r in results],
         rejections=sum(r.totals.rejections for r in results),
+        privacy=Guarantee.of(first.privacy) if first.privacy else None,
     )
 
 

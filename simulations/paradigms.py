@@ -55,6 +55,7 @@ class Result:
         matrix: R[t][i] of a stream, else None.
         models: name -> final weights; one entry, or one per isolated site.
         statistics: name -> mean and std that were measured at the sites, as for `models`; empty without.
+        privacy: what was spent (`Outcome.privacy`); empty without privacy.
     """
 
     all_sites: float
@@ -68,6 +69,7 @@ class Result:
     fingerprint: str
     models: Mapping[str, Mapping[str, Any]]
     statistics: Mapping[str, Mapping[str, Sequence[float]]]
+    privacy: Mapping[str, Any]
 
 
 Paradigm = Callable[["Setting"], Result]
@@ -161,6 +163,8 @@ def centralized(setting: Setting) -> Result:
 
         def of_round(round: int) -> Budget | None:
             each = round_budget(step.job, round)
+            if step.job.privacy.mode == "sample" and step.job.federation.fraction == 1:
+                return each  # the noise is found for the job's own budget, which is the same but for rounding
             task, size = task_of(step.job, round), step.job.train.batch_size
             held = [count for name in step.cohort(round) if (count := _held(step, step.splits(name), task))]
             samples = sum(count_samples(count, size, each) for count in held)
@@ -201,6 +205,7 @@ def isolated(setting: Setting) -> Result:
         fingerprint=every[0].fingerprint,
         models={name: o.model for name, o in outcomes.items()},
         statistics={name: o.statistics for name, o in outcomes.items()},
+        privacy=_side_by_side([o.privacy for o in every]),
     )
 
 
@@ -219,7 +224,16 @@ def _one_model(setting: Setting, outcome: Outcome, totals: Totals) -> Result:
         fingerprint=outcome.fingerprint,
         models={"model": outcome.model},
         statistics={"model": outcome.statistics},
+        privacy=outcome.privacy,
     )
+
+
+def _side_by_side(spent: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What sites spent that never met: each its own; the statement is that of the one that spent most."""
+    if not spent[0]:
+        return {}
+    most = max(spent, key=lambda one: max(one["epsilon"].values()))
+    return {**most, "epsilon": {site: value for one in spent for site, value in one["epsilon"].items()}}
 
 
 def _metrics(setting: Setting, outcome: Outcome) -> dict[str, float]:

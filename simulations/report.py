@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shared_models.errors import RunError
+from shared_models.privacy import bound
 from simulations import charts
 from simulations.measures import PERCENT, Measure, words
 from simulations.results import Cell, Comparison, parse
@@ -28,6 +29,10 @@ NOTHING = "–"
 SITE_LIMIT = 24  # more sites or classes than this would make the page unreadable; it says how many it leaves out
 CLASS_LIMIT = 40
 METRIC_LIMIT = 14
+SIMULATED = (
+    "the noise of this simulation comes from the job's seed, so that it can be repeated: it shows what privacy costs "
+    "and protects nobody"
+)
 
 
 def write(comparison: Given, path: Path) -> Path:
@@ -52,7 +57,7 @@ def tables(comparison: Given, width: int = 120) -> list[Table]:
         RunError: the comparison lacks something.
     """
     c = parse(comparison)
-    head, rows = headers(c), [row(cell, c.headline) for cell in c.cells]
+    head, rows = headers(c), [row(cell, c.headline, private(c)) for cell in c.cells]
     cuts = [range(len(head))] if width >= 120 else [range(4), (0, *range(4, len(head)))]
     found = []
     for number, columns in enumerate(cuts):
@@ -80,7 +85,7 @@ def as_markdown(comparison: Given) -> str:
         RunError: the comparison lacks something.
     """
     c = parse(comparison)
-    said = _markdown(headers(c), [row(cell, c.headline) for cell in c.cells])
+    said = _markdown(headers(c), [row(cell, c.headline, private(c)) for cell in c.cells])
     head, rows = metric_table(c)
     return f"{said}\n{_markdown(head, rows)}" if rows else said
 
@@ -103,13 +108,42 @@ def headers(c: Comparison) -> list[str]:
         "optimizer resets",
         "up / down, MB",
         "seconds",
+        *([_terms(c)] if private(c) else []),
     ]
 
 
-def row(cell: Cell, measure: Measure = PERCENT) -> list[str]:
+def private(c: Comparison) -> bool:
+    """Whether some paradigm was trained with differential privacy."""
+    return any(cell.privacy for cell in c.cells)
+
+
+def _terms(c: Comparison) -> str:
+    """The head of the column of epsilons: they mean nothing without unit, neighbours and delta."""
+    one = next(cell.privacy for cell in c.cells if cell.privacy)
+    return f"epsilon (± one {one.unit}, delta {one.delta:g})"
+
+
+def guarantees(c: Comparison) -> list[str]:
+    """A sentence for each paradigm of a comparison with privacy; the epsilon of each site where they differ."""
+    said = []
+    for cell in c.cells if private(c) else ():
+        if cell.error is None and cell.privacy is None:
+            said.append(f"{cell.name}: trained without differential privacy")
+        elif cell.privacy is not None:
+            each = ", ".join(f"{s} {_epsilon(e)}" for s, e in list(cell.privacy.epsilon.items())[:SITE_LIMIT])
+            more = f"; by site: {each}" if len(set(cell.privacy.epsilon.values())) > 1 else ""
+            said.append(f"{cell.name}: {cell.privacy.statement}{more}")
+    return [*said, SIMULATED] if said and c.environment else said
+
+
+def _epsilon(value: float | None) -> str:
+    return "infinite" if value is None else bound(value)
+
+
+def row(cell: Cell, measure: Measure = PERCENT, private: bool = False) -> list[str]:
     """One paradigm's figures under `headers`: mean ± sd over seeds; a failed cell gives its reason and nothing else."""
     if cell.error is not None:
-        return [cell.name, f"failed: {cell.error}", *[NOTHING] * 7]
+        return [cell.name, f"failed: {cell.error}", *[NOTHING] * (8 if private else 7)]
     b = cell.budget
     return [
         cell.name,
@@ -121,6 +155,7 @@ def row(cell: Cell, measure: Measure = PERCENT) -> list[str]:
         f"{b.optimizer_resets:,}",
         f"{_megabytes(b.bytes_up)} / {_megabytes(b.bytes_down)}",
         f"{fmean(cell.seconds):,.1f}" if cell.seconds else NOTHING,
+        *([_epsilon(cell.privacy.largest) if cell.privacy else "no privacy"] if private else []),
     ]
 
 
@@ -189,7 +224,8 @@ def _view(c: Comparison) -> dict[str, Any]:
         "verdicts": [sentence.split(": ", 1) for sentence in verdicts(c)],
         "pooled": c.demo or any(cell.place == "centralized" for cell in c.cells),
         "headers": headers(c),
-        "rows": [row(cell, c.headline) for cell in c.cells],
+        "rows": [row(cell, c.headline, private(c)) for cell in c.cells],
+        "privacy": guarantees(c),
         "metrics": metric_table(c),
         "pictures": c.pictures,
         "quotes": c.quotes,

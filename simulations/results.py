@@ -7,6 +7,7 @@ list "one a seed" follows the order of `Comparison.seeds`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -75,6 +76,37 @@ class Quote(_Frozen):
     said: str
 
 
+class Guarantee(_Frozen):
+    """What a paradigm's run has spent of differential privacy, with all that gives its epsilon a meaning.
+
+    Attributes:
+        unit: whose presence is hidden, `sample` or `client`.
+        neighbours: how two data sets differ that cannot be told apart.
+        epsilon: site -> at `delta`, after the whole run; None where there is no guarantee.
+        statement: the largest of them, in words.
+    """
+
+    unit: str
+    neighbours: str
+    delta: float
+    accountant: str
+    mechanism: str
+    epsilon: dict[str, float | None]
+    statement: str
+
+    @classmethod
+    def of(cls, spent: Mapping[str, Any]) -> Guarantee:
+        """From what the server says."""
+        found = {site: None if e is None or not math.isfinite(e) else e for site, e in spent["epsilon"].items()}
+        return cls(**{**spent, "epsilon": found})
+
+    @property
+    def largest(self) -> float | None:
+        """That of the site that spent most."""
+        values = [e for e in self.epsilon.values() if e is not None]
+        return max(values) if values and len(values) == len(self.epsilon) else None
+
+
 class Cell(_Frozen):
     """One paradigm (place x time) over all seeds.
 
@@ -90,6 +122,7 @@ class Cell(_Frozen):
         budget: the same for every seed.
         seconds: wall-clock time, one a seed.
         rejections: contributions refused, summed over seeds.
+        privacy: of each single run; None without privacy.
     """
 
     place: Place
@@ -105,6 +138,7 @@ class Cell(_Frozen):
     budget: Budget = Budget()
     seconds: list[float] = []
     rejections: int = 0
+    privacy: Guarantee | None = None
 
     @property
     def name(self) -> str:
@@ -269,6 +303,7 @@ def _of_result(result: Mapping[str, Any], job: Job, folder: Path) -> Comparison:
         budget=Budget(**{k: v for k, v in totals.items() if k in Budget.model_fields}),
         seconds=[totals["seconds"]],
         rejections=totals["rejections"],
+        privacy=Guarantee.of(result["privacy"]) if result.get("privacy") else None,
     )
     return Comparison(
         title=f"{folder.name}: a federation of {len(per_site)} sites",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -74,7 +75,8 @@ class InProcess:
         """The site's entry; what it remembers lives as long as this engine."""
         if site not in self._states:
             self._states[site] = self._make_state(site)
-            self._protections[site] = Protection(site, secret=lambda job: simulated_secret(job, site))
+            secret = partial(simulated_secret, site=site)
+            self._protections[site] = Protection(site, secret=secret, repeats=True)
             if self._left[2]:
                 self._states[site].keep_start(*self._left)
         return Handler(

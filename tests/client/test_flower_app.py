@@ -27,7 +27,7 @@ from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction
 from shared_models.privacy import Spend
 from shared_models.spec import build_model
-from shared_models.wire import decode_contribution, encode_contribution, encode_instruction
+from shared_models.wire import VERSION, decode_contribution, encode_contribution, encode_instruction
 
 NODE_ID, RUN_ID = 1234567890123456789, 9876543210987654321
 App = Callable[[Message, Context], Message]
@@ -196,7 +196,7 @@ def _path_as_run(instruction: Instruction) -> RecordDict:
 
 def _other_version(instruction: Instruction) -> RecordDict:
     manifest, blob = encode_instruction(instruction)
-    return to_record(manifest.replace(b'"version":3', b'"version":99'), blob)
+    return to_record(manifest.replace(f'"version":{VERSION},'.encode(), b'"version":99,'), blob)
 
 
 @pytest.mark.parametrize(

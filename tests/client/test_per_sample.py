@@ -146,3 +146,24 @@ def test_batch_norm_in_training_is_refused_and_frozen_is_not(make_job: MakeJob) 
         module.train()
     with pytest.raises(PrivacyError, match="normalises over the batch"):
         require_unmixed(bench)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"model": {"name": "vit"}, "lora": {"rank": 2}},
+        {"model": {"name": "resnet18", "norm": "batch"}, "share": {"base": ["!@head"]}},
+        {"model": {"name": "cnn"}, "share": {"personal": ["@head"]}},
+    ],
+    ids=["lora", "head-only", "personal-head"],
+)
+@pytest.mark.parametrize("way", ["vmap", "hooks"])
+def test_what_is_offered_instead_can_be_protected(make_job: MakeJob, parts: dict[str, object], way: str) -> None:
+    job = make_job(**parts, privacy={"mode": "sample", "noise": 1.0, "gradients": way})
+    bench = Workbench(job, CPU)
+    bench.to_training()
+    require_unmixed(bench)
+    assert choose(bench, (), a_batch(2)) == way
+    found = PerSample(bench, (), way)(a_batch(2))
+    assert found.keys() == bench.trained.keys()
+    assert any(g.any() for g in found.values())

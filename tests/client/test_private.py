@@ -355,6 +355,14 @@ def test_a_client_adds_its_share_to_its_clipped_update(make_job: MakeJob, make_s
     assert round_spend(job, 0, Budget(epochs=1), [30]) == Spend(1.5, 1.0, 1), "what it can vouch for alone"
 
 
+def test_a_site_books_a_round_without_the_chance_that_it_was_not_asked(make_job: MakeJob) -> None:
+    job = make_job(
+        privacy={"mode": "client", "noise": 2.0}, method={"name": "fedavg", "weighting": "uniform"},
+        federation={"fraction": 0.5},
+    )  # fmt: skip
+    assert round_spend(job, 0, Budget(epochs=1), [30]) == Spend(2.0, 1.0, 1)
+
+
 def test_a_client_without_clip_and_noise_sends_its_model(make_job: MakeJob, make_splits: MakeSplits) -> None:
     quiet = ask(shares(make_job, noise=0, clip=0), make_splits(1), b"a" * 32)
     plain = ask(make_job(method={"name": "fedavg", "weighting": "uniform"}), make_splits(1), None)

@@ -35,6 +35,8 @@ def test_what_was_not_measured_is_not_said() -> None:
     assert describe({**ROUND, "validation": unmeasured, "headline": BITS}).endswith("before it: validation loss 0.270")
     assert describe({**ROUND, "validation": {}, "headline": BITS}).endswith("before it: validation of nothing")
     assert describe({"event": "end", "test": {"bits": None}, "headline": BITS}) == "done"
+    private = {"statement": "epsilon 2 at delta 1e-05, unit sample, neighbours: one more"}
+    assert describe({"event": "end", "test": {}, "privacy": private}) == f"done; {private['statement']}"
 
 
 def test_events_say_how_their_headline_is_shown(

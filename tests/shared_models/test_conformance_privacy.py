@@ -63,8 +63,7 @@ def test_one_example_more_moves_a_step_by_at_most_the_clip(name: str, task: str)
         batch = conformance.a_batch(bench.job, 3, seed=10 + seed)
         sums = [clipped_sum(bench, way, part) for part in (batch, batch[:2])]
         most = max(most, float((sums[0] - sums[1]).norm()) / CLIP)
-    assert most <= 1 + 2e-3, "the bound, and what float32 makes of the same example in a batch of another size"
-    assert most > 0 or task == "clustering"
+    assert 0 < most <= 1
 
 
 def clipped_sum(bench: Workbench, way: str, batch: Batch) -> torch.Tensor:

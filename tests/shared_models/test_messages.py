@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
 
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction, payload_bytes, refusal
-from shared_models.wire import encode_contribution
+from shared_models.wire import decode_contribution, digest, encode_contribution
 
 MakeJob = Callable[..., Job]
 
@@ -47,3 +47,24 @@ def test_payload_bytes_are_those_of_the_blob() -> None:
     _, blob = encode_contribution(Contribution("train", "r", "s", groups=groups))
     assert len(blob) == payload_bytes(groups)
     assert payload_bytes({}) == 0
+
+
+def test_an_instruction_s_digest_depends_on_all_it_says_but_not_on_the_order_of_tensors(make_job: MakeJob) -> None:
+    job = make_job()
+    w, b = torch.ones(2), torch.zeros(1)
+    base = Instruction("train", "r", "s", job, "f", rounds=3, groups={"model": {"w": w, "b": b}, "control": {"w": b}})
+    turned = replace(base, groups={"control": {"w": b}, "model": {"b": b, "w": w}})
+    assert digest(base) == digest(turned)
+    others = [
+        replace(base, round=1), replace(base, run="q"), replace(base, site="t"), replace(base, task=1),
+        replace(base, rounds=4), replace(base, budget=Budget(epochs=2.0)), replace(base, statistics={"mean": w}),
+        replace(base, job=job.replace(seed=1)),
+        replace(base, groups={"model": {"w": w + 1, "b": b}, "control": {"w": b}}),
+        replace(base, groups={"model": {"w": b, "b": w}, "control": {"w": b}}),
+    ]  # fmt: skip
+    assert len({digest(base), *map(digest, others)}) == len(others) + 1
+
+
+def test_an_answer_s_noise_travels() -> None:
+    answer = Contribution("train", "r", "s", noise=1.25)
+    assert decode_contribution(*encode_contribution(answer)) == answer

@@ -72,6 +72,12 @@ def test_chunks_do_not_show_and_the_same_key_gives_the_same(monkeypatch: pytest.
     assert len(uniform(KEYS[0], 0)) == len(normal(KEYS[0], 0)) == 0
 
 
+def test_why_torch_s_own_generator_will_not_do() -> None:
+    """Two seeds that differ by 2^32 are one: there are so few starts that all can be tried."""
+    a, b = (torch.randn(5, generator=torch.Generator().manual_seed(s)) for s in (7, 7 + 2**32))
+    assert torch.equal(a, b)
+
+
 def test_tensors_are_filled_one_after_another() -> None:
     shapes = {"a": torch.zeros(2, 3), "b": torch.zeros(()), "c": torch.zeros(0)}
     found = normal_like(KEYS[0], shapes)

@@ -19,6 +19,7 @@ from shared_models.job import Job
 from shared_models.job_parts import PrivacyPart
 from shared_models.privacy import (
     Spend,
+    bound,
     client_noise,
     client_spend,
     epsilon,
@@ -88,8 +89,10 @@ def test_order_and_pieces_do_not_matter_and_more_costs_more() -> None:
     assert epsilon([a, Spend(0.0, 0.1, 1)], 1e-5) == math.inf
 
 
-@pytest.mark.parametrize(("target", "rate", "steps"), [(1.2, 0.01, 500), (3.0, 0.05, 100), (8.0, 0.2, 20)])
-@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+@pytest.mark.parametrize(
+    ("target", "rate", "steps", "accountant"),
+    [(1.2, 0.01, 500, "rdp"), (3.0, 0.05, 100, "rdp"), (8.0, 0.2, 20, "rdp"), (1.2, 0.01, 500, "prv")],
+)
 def test_the_noise_for_a_target_is_opacus_s(target: float, rate: float, steps: int, accountant: Any) -> None:
     found = find_noise(((rate, steps),), target, 1e-5, accountant)
     theirs = get_noise_multiplier(
@@ -132,6 +135,17 @@ def test_a_guarantee_is_never_said_without_its_terms() -> None:
     assert said == (
         "epsilon 2.35 at delta 1e-05, unit sample, neighbours: one training example added or removed (RDP accountant)"
     )
+    shown = {
+        2.341: "2.35",
+        2.34: "2.34",
+        0.01201: "0.0121",
+        123.4: "124",
+        7.9921: "8",
+        0.0: "0",
+        999.2: "1000",
+        1231: "1240",
+    }
+    assert {value: bound(value) for value in shown} == shown
     assert "one site added or removed" in statement("client", 1.0, 1e-5, "prv")
     assert statement("sample", math.inf, 1e-5, "rdp").startswith("no differential privacy")
     assert statement("sample", None, 1e-5, "rdp").startswith("no differential privacy")
