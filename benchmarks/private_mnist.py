@@ -2,7 +2,7 @@
 
     python benchmarks/prepare_data.py <folder that holds the data sets> <prepared>
     FEDZOO_PREPARED=<prepared> python benchmarks/private_mnist.py            what has no result yet, then the table
-    FEDZOO_PREPARED=<prepared> python benchmarks/private_mnist.py sample-1.2 one of them, again
+    FEDZOO_PREPARED=<prepared> python benchmarks/private_mnist.py client-30  one of them, again
     python benchmarks/private_mnist.py --write                               only the table
 
 Every row is `fedzoo simulate examples/mnist-private.toml` with the settings shown; results in
@@ -29,7 +29,6 @@ ROOT = Path(__file__).parent.parent
 JOB = ROOT / "examples" / "mnist-private.toml"
 RESULTS = ROOT / "benchmarks" / "results" / "private_mnist.json"
 POOLED = ["place=centralized"]
-SITES = ["train.batch_size=100"]
 CLIENT = [
     "privacy.mode=client", "privacy.clip=1.0", "method.weighting=uniform", "federation.rounds=5", "train.lr=0.1",
     "train.batch_size=50",
@@ -40,9 +39,11 @@ ROWS = {
     "centralized-6.9": [*POOLED, "privacy.epsilon=6.9"],
     "centralized-2.9 seed 1": [*POOLED, "privacy.epsilon=2.9", "seed=1"],
     "centralized-6.9 seed 1": [*POOLED, "privacy.epsilon=6.9", "seed=1"],
-    "sample-1.2": [*SITES, "privacy.epsilon=1.2"],
-    "sample-2.9": [*SITES, "privacy.epsilon=2.9"],
-    "sample-6.9": [*SITES, "privacy.epsilon=6.9"],
+    **{
+        f"sample-{target} batch {size}": [f"train.batch_size={size}", f"privacy.epsilon={target}"]
+        for size in (500, 100)
+        for target in (1.2, 2.9, 6.9)
+    },
     "client-6.9": [*CLIENT, "privacy.epsilon=6.9"],
     "client-30": [*CLIENT, "privacy.epsilon=30.0"],
     "client-100": [*CLIENT, "privacy.epsilon=100.0"],
