@@ -119,8 +119,8 @@ Byte frequencies alone give a perplexity of 31.0 and an accuracy of 13.7 %
 Of the bytes in the gaps, the most frequent one is right 13.7 % of the time.
 """,
     "news-t5": """
-A T5 must say where a gap ends as well. Frequencies of bytes and of such ends give a perplexity of 39.4 and are right for
-4.8 % of the bytes in the gaps (`python benchmarks/text_baselines.py examples/ag-news.toml model.name=t5
+A T5 must say where a gap ends as well. Frequencies of bytes and of such ends give a perplexity of 39.4 and are right
+for 4.8 % of the bytes in the gaps (`python benchmarks/text_baselines.py examples/ag-news.toml model.name=t5
 task.name=denoising task.noise=spans`).
 """,
     "translation": """
