@@ -15,7 +15,8 @@ from client.ledger import open_ledger
 from client.policy import Policy
 from client.protection import Protection
 from client.readers import read
-from client.readers.base import Splits, Wanted, split
+from client.readers.base import Splits, Wanted
+from client.readers.parts import split
 from client.secret import load_secret
 from client.state import DiskState
 from client.workbench import Benches, make_device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -11,14 +12,15 @@ from client.policy import Policy
 from client.private import Plan
 from client.protection import Protection, with_share
 from client.readers.base import Examples, Splits
+from client.replay import MEMORY, Replay
 from client.state import State
-from client.trainer import evaluate, in_order, train
+from client.trainer import count_samples, evaluate, in_order, train
 from client.workbench import Workbench, determinism
 from shared_models.checks import check_contribution
 from shared_models.errors import DataError, FedzooError, FingerprintError
 from shared_models.job import Job
-from shared_models.keys import key, keyed_global
-from shared_models.messages import Contribution, Instruction, refusal
+from shared_models.keys import generator, key, keyed_global
+from shared_models.messages import Budget, Contribution, Instruction, Part, refusal
 from shared_models.methods.base import Progress, overrides
 from shared_models.normalisation import FEWEST, channel_sums
 from shared_models.spec import require_same
@@ -106,13 +108,11 @@ class Handler:
         metrics = {
             f"{part}/{task}/{name}": value
             for part, task in instruction.evaluate
-            for name, value in evaluate(
-                bench, self._examples(splits, part, task, instruction.job), self.site, part
-            ).items()
+            for name, value in self._measure(bench, splits, part, task).items()
         }
         if instruction.kind == "evaluate":
             return self._reply(instruction, metrics=metrics)
-        examples = self._examples(splits, "train", instruction.task, instruction.job)
+        examples = splits.train.of_tasks(instruction.job, (instruction.task,))
         if not len(examples):
             return self._reply(instruction, code="no-data", metrics=metrics)
         where = {"task": instruction.task, "round": instruction.round}
@@ -120,9 +120,9 @@ class Handler:
             if instruction.kind == "end_task":
                 return self._end_task(instruction, bench, examples, kept)
             job = instruction.job
-            counts = [len(self._examples(splits, "train", task, job)) for task in range(len(job.tasks))]
+            counts = [len(splits.train.of_tasks(job, (task,))) for task in range(len(job.tasks))]
             plan = self.protection.book(instruction, counts, kept)
-            return self._train(instruction, bench, examples, kept, metrics, plan)
+            return self._train(instruction, bench, examples, kept, metrics, plan, splits)
 
     def _probe(self, instruction: Instruction) -> Contribution:
         """Would this node train that model, and can it read its data? Its own document goes up for comparison.
@@ -161,6 +161,7 @@ class Handler:
         kept: dict[str, Groups],
         metrics: dict[str, torch.Tensor],
         plan: Plan | None,
+        splits: Splits,
     ) -> Contribution:
         down, method = _on(bench.device, instruction.groups), bench.pieces[0]
         after = dict(kept)
@@ -172,10 +173,16 @@ class Handler:
         else:
             states = [piece.begin_round(down, kept.get(piece.name, {})) for piece in bench.pieces]
             private = plan if instruction.job.privacy.mode == "sample" else None
-            progress = train(bench, examples, instruction, states, private)
-            for i, piece in enumerate(bench.pieces):
-                given, after[piece.name] = piece.end_round(bench.sent(), down, kept.get(piece.name, {}), progress)
+            replay = self._replay(instruction, bench, kept)
+            if bench.pieces[-1].whole:
+                examples, instruction = _whole(instruction, splits, examples)
+            progress = train(bench, examples, instruction, states, private, replay)
+            for i, (piece, state) in enumerate(zip(bench.pieces, states, strict=True)):
+                before = kept.get(piece.name, {})
+                given, after[piece.name] = piece.end_round(bench.sent(), down, before, state, progress)
                 up = given if i == 0 else up  # the federated method's answer; a continual piece sends nothing
+            if replay is not None:
+                after[replay.piece.name] = {**after[replay.piece.name], **replay.kept}
         after["personal"] = bench.personal()
         noise, part = 0.0, instruction.job.privacy
         if plan is not None and part.mode == "sample":
@@ -198,6 +205,15 @@ class Handler:
         self.protection.answered(instruction)
         return reply
 
+    def _replay(self, instruction: Instruction, bench: Workbench, kept: dict[str, Groups]) -> Replay | None:
+        """What the continual method keeps of examples, where it keeps any."""
+        piece = bench.pieces[-1]
+        if not piece.draws or instruction.job.time == "offline":
+            return None
+        asked = instruction
+        source = generator(asked.job.seed, "replay", site=self.site, task=asked.task, round=asked.round)
+        return Replay(piece, kept.get(piece.name, {}), bench, source)
+
     def _end_task(
         self, instruction: Instruction, bench: Workbench, examples: Examples, kept: dict[str, Groups]
     ) -> Contribution:
@@ -205,14 +221,18 @@ class Handler:
         bench.model.eval()
         for piece in bench.pieces:
             batches = in_order(examples, bench)
-            after[piece.name] = piece.end_task(bench.model, bench.task, batches, kept.get(piece.name, {}))
+            before = kept.get(piece.name, {})
+            memory = {MEMORY: before[MEMORY]} if MEMORY in before else {}
+            after[piece.name] = {**memory, **piece.end_task(bench.model, bench.task, batches, before)}
         reply = self._reply(instruction, examples=len(examples))
         self.state.save(instruction, after, reply)
         return reply
 
-    def _examples(self, splits: Splits, part: str, task: int, job: Job) -> Examples:
-        examples: Examples = getattr(splits, part)
-        return examples if job.time == "offline" else examples.of_classes(job.tasks[task])
+    def _measure(self, bench: Workbench, splits: Splits, part: Part, task: int) -> dict[str, torch.Tensor]:
+        """Metric sums on one part of one task's examples; `known` is the test part, with the task's classes known."""
+        examples = splits.validation if part == "validation" else splits.test
+        among = bench.job.tasks[task] if part == "known" else ()
+        return evaluate(bench, examples.of_tasks(bench.job, (task,)), self.site, part, among)
 
     def _reply(self, instruction: Instruction, **fields: object) -> Contribution:
         return Contribution(
@@ -223,6 +243,15 @@ class Handler:
             instruction.round,
             **fields,  # type: ignore[arg-type]
         )
+
+
+def _whole(instruction: Instruction, splits: Splits, own: Examples) -> tuple[Examples, Instruction]:
+    """The examples of all tasks so far, and the budget in which as many are processed as of the task's own."""
+    examples = splits.train.of_tasks(instruction.job, range(instruction.task + 1))
+    if instruction.budget.steps is not None:
+        return examples, instruction
+    samples = count_samples(len(own), instruction.job.train.batch_size, instruction.budget)
+    return examples, replace(instruction, budget=Budget(epochs=samples / len(examples)))
 
 
 def _on(device: torch.device, groups: Groups) -> Groups:

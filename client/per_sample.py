@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -26,14 +26,13 @@ from torch.func import functional_call, grad, vmap
 from client.workbench import Workbench
 from shared_models.errors import PrivacyError
 from shared_models.keys import keyed_global
+from shared_models.methods.base import Pieces, objective
 from shared_models.models import models
 from shared_models.tasks.base import Batch, Task
 
 if TYPE_CHECKING:
-    from shared_models.methods.base import Method
-    from shared_models.sums import Groups
+    pass
 
-Pieces = Sequence[tuple["Method", "Groups"]]
 Gradients = dict[str, Tensor]  # name -> (B, *shape)
 TOLERANCE = 1e-3  # relative, of all entries of one example's gradient together
 ALIKE = "model."
@@ -55,13 +54,8 @@ class LossOf(nn.Module):
         """(B,)."""
         batch = Batch(x, y, proposals)
         outputs = self.task.forward(self.model, batch)
-        loss = self.task.loss(outputs, batch)
-        if self.pieces:
-            params = {n: p for n, p in self.model.named_parameters() if isinstance(p, Tensor)}
-            for piece, state in self.pieces:
-                extra = piece.loss(params, batch, outputs, state)
-                loss = loss if extra is None else loss + extra
-        return loss
+        params = {n: p for n, p in self.model.named_parameters() if isinstance(p, Tensor)} if self.pieces else {}
+        return objective(self.task, outputs, batch, params, self.pieces)
 
 
 class PerSample:

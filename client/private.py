@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from client.per_sample import PerSample, Pieces, choose
+from client.per_sample import PerSample, choose
 from client.readers.base import Examples
 from client.workbench import Workbench
 from shared_models.errors import PrivacyError
 from shared_models.job import Job
+from shared_models.methods.base import Pieces
 from shared_models.noise import derive, normal_like, uniform
 from shared_models.privacy import Spend, find_noise
 from shared_models.tasks.base import Batch
@@ -99,7 +100,7 @@ class PrivateSteps:
         """Whether examples are sampled; else batches are those of plain training, and there is no guarantee."""
         return self.part.sampling == "poisson"
 
-    def gradients(self, batch: Batch, plain: Callable[[Batch], None]) -> None:
+    def gradients(self, batch: Batch, plain: Callable[[Batch], object]) -> None:
         """Put the private gradient of this step where the optimizer finds it.
 
         Args:

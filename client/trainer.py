@@ -8,15 +8,16 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.private import Plan, PrivateSteps
 from client.readers.base import Examples
+from client.replay import Replay, join
 from client.workbench import Workbench
 from shared_models.job_parts import TrainPart
 from shared_models.keys import generator, key, keyed_global
 from shared_models.messages import Budget, Instruction, Part
-from shared_models.methods.base import Method, Progress, overrides
+from shared_models.methods.base import NEVER, Pieces, Progress, objective, overrides
 from shared_models.tasks.base import Batch, add_sums
 
 if TYPE_CHECKING:
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
 
 EVALUATION_NUMBERS = 2**20  # of the inputs of one batch that is measured, where the job's own batch is not larger
 
-Pieces = Sequence[tuple[Method, "Groups"]]
-
 
 def train(
-    bench: Workbench, data: Examples, instruction: Instruction, states: Sequence[Groups], plan: Plan | None = None
+    bench: Workbench,
+    data: Examples,
+    instruction: Instruction,
+    states: list[Groups],
+    plan: Plan | None = None,
+    replay: Replay | None = None,
 ) -> Progress:
     """Train the workbench's model for one round's budget.
 
@@ -36,8 +40,9 @@ def train(
         bench: holds the model, already loaded.
         data: the site's training examples of this task, at least one.
         instruction: round, budget, site.
-        states: one round state per method piece.
+        states: one round state per method piece; what `after_step` makes of them is put in their place.
         plan: noise, sampling and key of DP-SGD; None trains plainly.
+        replay: what the last piece keeps of examples, where it does.
 
     Raises:
         PrivacyError: this model and task cannot be trained so.
@@ -45,10 +50,16 @@ def train(
     """
     job, part = instruction.job, instruction.job.train
     pieces = list(zip(bench.pieces, states, strict=True))
-    replay, losses, grads = ([p for p in pieces if overrides(p[0], h)] for h in ("extra_batch", "loss", "grad"))
+    losses = [p for p in pieces if overrides(p[0], "loss") or overrides(p[0], "see")]
+    pulls, followers = (
+        [i for i, piece in enumerate(bench.pieces) if overrides(piece, hook)] for hook in ("grad", "after_step")
+    )
+    outputs: Tensor | None = None
+    keep = replay is not None and replay.piece.keeps_outputs
+    former = next((bench.former(weights) for piece, state in pieces if (weights := piece.former(state))), None)
     site, task, number = instruction.site, instruction.task, instruction.round
     steps = count_steps(len(data), part.batch_size, instruction.budget)
-    samples, lr_sum, before = 0, 0.0, bench.halvings
+    samples, lr_sum, halved = 0, 0.0, bench.halvings
     bench.to_training()
     private = None if plan is None else PrivateSteps(bench, data, plan, losses)
     drawn = key(job.seed, "forward", site=site, task=task, round=number)
@@ -59,37 +70,67 @@ def train(
         for step, rows in enumerate(order):
             lr = learning_rate(part, (number + (step + 0.5) / steps) / instruction.rounds)
             batch = data.batch(rows, bench.device, bench.augment if len(rows) else None)
-            for piece, state in replay:
-                batch = piece.extra_batch(batch, state)
+            old = replay.draw(data) if replay is not None else []
+            if old and replay is not None and replay.piece.reference:
+                gradients(bench, old[0], [])
+                states[-1] = {**states[-1], "reference": read_grad(bench)}
+                old = []
+            batch = join(batch, old, _said(bench, former, batch))
             if private is None:
-                gradients(bench, batch, losses)
+                outputs = gradients(bench, batch, losses, keep)
             else:
                 private.gradients(batch, lambda batch: gradients(bench, batch, losses))
-            for piece, state in grads:
-                apply_grad(bench, piece.grad, state)
+            found, before = (read_grad(bench), _copies(bench)) if followers else ({}, {})
+            for i in pulls:
+                apply_grad(bench, bench.pieces[i].grad, states[i])
             if part.clip:
                 torch.nn.utils.clip_grad_norm_(bench.trained.values(), part.clip)
             bench.optimizer.param_groups[0]["lr"] = lr
             bench.optimizer.step()
+            for i in followers:
+                states[i] = bench.pieces[i].after_step(found, before, bench.trained, states[i])
+            if replay is not None:
+                replay.add(data, rows, None if outputs is None else outputs[: len(rows)])
             samples, lr_sum = samples + len(rows), lr_sum + lr
     if private is not None:  # neither how many examples came nor what they needed leaves the site
         return Progress(steps, count_samples(len(data), part.batch_size, instruction.budget), lr_sum)
-    return Progress(steps, samples, lr_sum, bench.halvings - before)
+    return Progress(steps, samples, lr_sum, bench.halvings - halved)
 
 
-def gradients(bench: Workbench, batch: Batch, losses: Pieces) -> None:
+@torch.no_grad()
+def _said(bench: Workbench, former: nn.Module | None, batch: Batch) -> Tensor | None:
+    """What an earlier model says of a batch."""
+    if former is None:
+        return None
+    with bench.autocast():
+        outputs: Tensor = bench.task.forward(former, batch)
+    return outputs.float()
+
+
+def read_grad(bench: Workbench) -> dict[str, Tensor]:
+    """Copies of the parameters' gradients; one that got none counts as zero."""
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in bench.trained.items()}
+
+
+def _copies(bench: Workbench) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in bench.trained.items()}
+
+
+def gradients(bench: Workbench, batch: Batch, losses: Pieces, keep: bool = False) -> Tensor | None:
     """Gradients of the batch's mean loss, computed in `accumulate` parts; the parts are halved where memory runs out.
 
-    With more than one part a model whose samples see each other (batch normalisation) sees fewer of them at once.
+    With more than one part a model whose samples see each other (batch normalisation) sees fewer of them at once. With
+    `keep` the model's outputs for the batch come back.
     """
     while True:
         bench.optimizer.zero_grad(set_to_none=True)
         size = math.ceil(len(batch) / (bench.job.train.accumulate * 2**bench.halvings))
         try:
+            outputs = []
             for start in range(0, len(batch), size):
                 part = batch if size >= len(batch) else batch[start : start + size]
-                _backward(bench, part, losses, len(batch))
-            return
+                outputs.append(_backward(bench, part, losses, len(batch), keep))
+            return torch.cat(outputs) if keep else None  # type: ignore[arg-type]
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
@@ -97,15 +138,16 @@ def gradients(bench: Workbench, batch: Batch, losses: Pieces) -> None:
         bench.free()
 
 
-def _backward(bench: Workbench, part: Batch, losses: Pieces, total: int) -> None:
-    """Add this part's share of the mean over `total` samples; nothing of it outlives the call, or the exception."""
+def _backward(bench: Workbench, part: Batch, losses: Pieces, total: int, keep: bool) -> Tensor | None:
+    """Add this part's share of the mean over `total` samples; nothing of it outlives the call, or the exception.
+
+    With `keep` the outputs come back, without their graph.
+    """
     with bench.autocast():
         outputs = bench.task.forward(bench.model, part)
-        loss = bench.task.loss(outputs, part)  # (B,)
-    for piece, state in losses:
-        extra = piece.loss(bench.trained, part, outputs, state)
-        loss = loss if extra is None else loss + extra
+        loss = objective(bench.task, outputs, part, bench.trained, losses)  # (B,)
     (loss.mean() if len(part) == total else loss.sum() / total).backward()
+    return outputs.detach() if keep else None
 
 
 @torch.no_grad()
@@ -166,8 +208,12 @@ def learning_rate(part: TrainPart, position: float) -> float:
 
 
 @torch.inference_mode()
-def evaluate(bench: Workbench, data: Examples, site: str = "", part: Part = "test") -> dict[str, Tensor]:
+def evaluate(
+    bench: Workbench, data: Examples, site: str = "", part: Part = "test", among: Sequence[int] = ()
+) -> dict[str, Tensor]:
     """Metric sums of the loaded model on these examples; empty for none.
+
+    With `among` the model has to choose among these classes alone, as if it were told the task (task-incremental).
 
     What a task draws while it measures depends on the job's seed and the site alone: every model is measured alike.
     """
@@ -176,23 +222,27 @@ def evaluate(bench: Workbench, data: Examples, site: str = "", part: Part = "tes
     draws = bench.task.draws
     with keyed_global(key(bench.job.seed, "evaluate", site=site), bench.device) if draws else nullcontext():
         for batch in in_order(data, bench):
-            add_sums(sums, _measure(bench, batch, part))
+            add_sums(sums, _measure(bench, batch, part, among))
     return sums
 
 
-def _measure(bench: Workbench, batch: Batch, part: Part) -> dict[str, Tensor]:
+def _measure(bench: Workbench, batch: Batch, part: Part, among: Sequence[int] = ()) -> dict[str, Tensor]:
     """Metric sums of one batch, in halves where memory runs out."""
     try:
         with bench.autocast():
-            outputs = bench.task.examine(bench.model, batch, part)
+            outputs = bench.task.examine(bench.model, batch, "validation" if part == "validation" else "test")
+        if among:
+            others = torch.ones(outputs.shape[1], dtype=torch.bool, device=outputs.device)
+            others[list(among)] = False
+            outputs = outputs.masked_fill(others, NEVER)
         return bench.task.sums(outputs, batch)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
     bench.free()
     middle = len(batch) // 2
-    sums = _measure(bench, batch[:middle], part)
-    add_sums(sums, _measure(bench, batch[middle:], part))
+    sums = _measure(bench, batch[:middle], part, among)
+    add_sums(sums, _measure(bench, batch[middle:], part, among))
     return sums
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.augment import Augment
 from shared_models.errors import ConfigError, FingerprintError
@@ -41,6 +42,7 @@ class Workbench:
         self.task = make_task(job)
         self.pieces = make_pieces(job)
         self.augment = Augment(job.augment, self.task.target, job.data.shape) if job.augment.active else None
+        self._former: nn.Module | None = None
         self.halvings = 0
         self.per_sample = ""
         self.entries: dict[str, Tensor] = {k: v.detach() for k, v in self.model.state_dict(keep_vars=True).items()}
@@ -65,6 +67,13 @@ class Workbench:
         if self.job.train.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def former(self, entries: Mapping[str, Tensor]) -> nn.Module:
+        """A second model with these entries, in evaluation mode; built once."""
+        if self._former is None:
+            self._former = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self._former.load_state_dict(dict(entries))
+        return self._former
 
     def free(self) -> None:
         """Give back the GPU memory that torch keeps for itself."""

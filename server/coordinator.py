@@ -93,6 +93,8 @@ class Coordinator:
             self.events.emit("weights", loaded=str(self.spec.match))
         self.executor.admit(self._probe, part.min_sites, part.wait)
         self.measure_statistics()
+        if len(self.job.tasks) > 1 and not self.progress.untrained:
+            self.progress.untrained = self._row(0)["test"]
         for round in range(self.progress.round, part.rounds):
             started = time.perf_counter()
             self._train_round_again_if_lost(round)
@@ -246,11 +248,19 @@ class Coordinator:
             base = self._instruction("end_task", task=task, round=round, groups=self.method.down(self.state))
             for reply in self.executor.run(replace(base, site=site) for site in self._evaluators()):
                 self._accept(reply, base)
+        row = self._row(round)
+        self.progress.matrix.append(row["test"])
+        if "known" in row:
+            self.progress.known.append(row["known"])
+        self.events.emit("task", task=task, round=round, **row)
+
+    def _row(self, round: int) -> dict[Part, list[float]]:
+        """The headline metric of the model as it is on the test part of every task, and with the task known."""
         tasks = range(len(self.job.tasks))
-        replies = self._evaluate(self.state["model"], tuple(("test", t) for t in tasks), round)
-        row = [self.task.values(_merge(replies, f"test/{t}"))[self.task.headline] for t in tasks]
-        self.progress.matrix.append([round_to(v) for v in row])
-        self.events.emit("task", task=task, round=round, test=self.progress.matrix[-1])
+        parts: tuple[Part, ...] = ("test", "known") if self.job.stream.kind == "classes" else ("test",)
+        replies = self._evaluate(self.state["model"], tuple((p, t) for p in parts for t in tasks), round)
+        found = {p: [self.task.values(_merge(replies, f"{p}/{t}"))[self.task.headline] for t in tasks] for p in parts}
+        return {p: [round_to(v) for v in values] for p, values in found.items()}
 
     def _finish(self) -> Outcome:
         rounds, tasks = self.job.federation.rounds, range(len(self.job.tasks))
@@ -273,6 +283,8 @@ class Coordinator:
             all_sites=self.task.values(_merge(replies, "test")),
             curve=self.progress.curve,
             matrix=self.progress.matrix,
+            known=self.progress.known,
+            untrained=self.progress.untrained,
             totals=self.progress.totals,
             statistics=self._numbers(),
             privacy=self.privacy.summary(),

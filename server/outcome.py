@@ -31,6 +31,8 @@ class Progress:
         round: the next round.
         curve: validation metrics of the model after each round, from the untrained one on.
         matrix: R[t][i], the headline metric on the test data of task i after task t.
+        known: the same where the model is told the task, in a stream of classes (task-incremental).
+        untrained: the headline metric on the test data of each task before any training.
         best: (headline on validation, round) of the best model so far, with `select = "best"`.
         privacy: what was spent so far, as `server.privacy` keeps it.
     """
@@ -38,6 +40,8 @@ class Progress:
     round: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
     matrix: list[list[float]] = field(default_factory=list)
+    known: list[list[float]] = field(default_factory=list)
+    untrained: list[float] = field(default_factory=list)
     best: tuple[float, int] | None = None
     totals: Totals = field(default_factory=Totals)
     privacy: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +53,8 @@ class Outcome:
 
     `privacy` is what the run has spent, with all that gives an epsilon its meaning; empty without privacy.
     `statistics` are the mean and std that were measured at the sites, where the job wanted that; `stages` are the test
-    metrics that earlier stages reached. The model holds also what it took over of an earlier stage and did not train.
+    metrics that earlier stages reached; `matrix`, `known` and `untrained` are those of `Progress`. The model holds also
+    what it took over of an earlier stage and did not train.
     """
 
     model: Mapping[str, Tensor]
@@ -61,6 +66,8 @@ class Outcome:
     totals: Totals
     statistics: Mapping[str, Sequence[float]] = field(default_factory=dict)
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    known: Sequence[Sequence[float]] = ()
+    untrained: Sequence[float] = ()
     privacy: Mapping[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:

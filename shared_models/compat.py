@@ -43,6 +43,14 @@ def _target(job: Job) -> str:
     return tasks[job.task.name].target
 
 
+def _remembers(job: Job) -> bool:
+    """Whether the continual method keeps examples, or what a model said of them."""
+    from shared_models.methods.base import make_pieces, overrides
+
+    piece = make_pieces(job)[-1]
+    return bool(piece.draws) or overrides(piece, "former") or overrides(piece, "see")
+
+
 def _closed_form(job: Job) -> bool:
     """Whether sites answer with sums of examples, without training steps."""
     from shared_models.methods.base import make_method, overrides
@@ -59,9 +67,23 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_not_federated, "'{job.method.name}' is a continual method: it goes into [continual], not [method]"),
     (_not_continual, "'{job.continual.name}' is a federated method: it goes into [method], not [continual]"),
     (
-        lambda job: job.time == "continual" and _target(job) != "class",
-        "a stream cuts the labels into tasks, and an example of the task '{job.task.name}' has no single label; "
-        "time = 'offline' can train it",
+        lambda job: job.time == "continual" and job.stream.kind == "classes" and _target(job) != "class",
+        "a stream of classes cuts the labels into tasks, and an example of the task '{job.task.name}' has no single "
+        "label; stream.kind = 'blur' or 'drift', or time = 'offline', can train it",
+    ),
+    (
+        lambda job: job.stream.kind != "classes" and len(job.data.shape) != 3,
+        "stream.kind = '{job.stream.kind}' changes images, and [data] describes {job.data.form} of shape "
+        "{job.data.shape}",
+    ),
+    (
+        lambda job: job.stream.kind == "rotation" and _target(job) != "class",
+        "stream.kind = 'rotation' turns images without their {target}; 'blur' and 'drift' leave everything in place",
+    ),
+    (
+        lambda job: _target(job) != "class" and _remembers(job),
+        "continual method '{job.continual.name}' replays or repeats single answers, and one of the task "
+        "'{job.task.name}' is none; 'finetune', 'joint', 'ewc' and 'si' can train it",
     ),
     (
         lambda job: bool(job.stages) and job.time == "continual",
@@ -110,7 +132,9 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "train.momentum belongs to sgd; adamw has its own moments",
     ),
     (
-        lambda job: job.time == "continual" and job.stream.tasks > len(job.task.labels),
+        lambda job: (
+            job.time == "continual" and job.stream.kind == "classes" and job.stream.tasks > len(job.task.labels)
+        ),
         "stream.tasks = {job.stream.tasks} is more than the {labels} labels: every task needs at least one",
     ),
     (
@@ -171,6 +195,6 @@ def require_compatible(job: Job) -> None:
     for broken, reason in RULES:
         if broken(job):
             raise CompatibilityError(
-                f"job '{job.name}': " + reason.format(job=job, labels=len(job.task.labels)),
+                f"job '{job.name}': " + reason.format(job=job, labels=len(job.task.labels), target=_target(job)),
                 hint="Change one of the two",
             )

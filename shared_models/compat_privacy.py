@@ -60,6 +60,14 @@ def _pieces(job: Job, *hooks: str) -> bool:
     return any(overrides(piece, hook) for piece in make_pieces(job) for hook in hooks)
 
 
+def _again(job: Job) -> bool:
+    """Whether examples of earlier tasks are trained on in later ones."""
+    from shared_models.methods.base import make_pieces
+
+    piece = make_pieces(job)[-1]
+    return bool(piece.draws) or piece.whole
+
+
 def _sends_more(job: Job) -> bool:
     from shared_models.methods.base import make_method, overrides
 
@@ -115,9 +123,9 @@ PRIVACY_RULES: tuple[Rule, ...] = (
         "none for them; 'fedavg' can train this model",
     ),
     (
-        lambda job: _sample(job) and _pieces(job, "extra_batch") and job.privacy.noise != 0,
-        "continual method '{job.continual.name}' replays examples, which are drawn from its buffer otherwise than by "
-        "the Poisson sampling that privacy.mode = 'sample' accounts for; 'finetune' can be protected, or "
+        lambda job: _sample(job) and _again(job) and job.privacy.noise != 0,
+        "continual method '{job.continual.name}' trains on examples of earlier tasks again, otherwise than by the "
+        "Poisson sampling that privacy.mode = 'sample' accounts for; 'finetune' can be protected, or "
         "privacy.mode = 'client'",
     ),
     (

@@ -202,6 +202,8 @@ class Job(Part):
         """The class indices of each task of the stream: one task with all of them when offline."""
         classes = tuple(range(len(self.task.labels)))
         count = self.stream.tasks if self.time == "continual" else 1
+        if self.stream.kind != "classes":
+            return (classes,) * count
         edges = [round(t * len(classes) / count) for t in range(count + 1)]
         return tuple(classes[a:b] for a, b in pairwise(edges))
 

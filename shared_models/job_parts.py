@@ -349,9 +349,19 @@ class FederationPart(Part):
 
 
 class StreamPart(Part):
-    """`[stream]`: how `time = "continual"` cuts the labels, in their order, into tasks (class-incremental)."""
+    """`[stream]`: what comes one after the other when `time = "continual"`, and all at once when it is offline.
 
+    Attributes:
+        kind: `classes` cuts the labels, in their order, into tasks (class-incremental). The others deal the examples to
+            tasks by their names and change the images of each task more than those of the task before
+            (domain-incremental, `client.streams`): `rotation`, `blur`, `drift` of a scanner.
+        tasks: T.
+        amount: the change in the last task, in what its kind is measured in; the first task's images are as they are.
+    """
+
+    kind: Literal["classes", "rotation", "blur", "drift"] = "classes"
     tasks: Positive = 5
+    amount: Annotated[float, Field(gt=0)] | None = None
 
 
 class SimulationPart(Part):

@@ -12,7 +12,7 @@ from shared_models.job import Job
 from shared_models.sums import Groups
 
 Kind = Literal["probe", "statistics", "train", "evaluate", "end_task"]
-Part = Literal["validation", "test"]
+Part = Literal["validation", "test", "known"]
 
 OK = "ok"
 

@@ -93,7 +93,7 @@ class Setting:
         if self.job.time == "offline":
             return
         for task, classes in enumerate(self.job.tasks):
-            if not any(len(self.sites.splits(name).test.of_classes(classes)) for name in self.sites.names):
+            if not any(len(self.sites.splits(name).test.of_tasks(self.job, (task,))) for name in self.sites.names):
                 labels = ", ".join(self.job.task.labels[c] for c in classes)
                 raise ConfigError(
                     f"no site has a test example of task {task} ({labels}), so nothing could be said about it",
@@ -247,8 +247,7 @@ def _metrics(setting: Setting, outcome: Outcome) -> dict[str, float]:
 
 def _held(setting: Setting, splits: Splits, task: int) -> int:
     """Training examples that are there for one task."""
-    job = setting.job
-    return len(splits.train if job.time == "offline" else splits.train.of_classes(job.tasks[task]))
+    return len(splits.train.of_tasks(setting.job, (task,)))
 
 
 def _headline(setting: Setting) -> str:

@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from client.readers.base import PARTS, Examples, Splits, Store, natural, split
+from client.readers.base import PARTS, Examples, Splits, Store
+from client.readers.parts import natural, split
 from shared_models.errors import ConfigError, DataError
 from shared_models.job_parts import SimulationPart
 from shared_models.keys import key

@@ -39,7 +39,9 @@ def read(format: str, root: Path, wanted: Wanted) -> Store:
             f"reader '{format}' gives {gives}, the task wants {GIVES[wanted.target]}",
             hint=f"Readers that give them: {', '.join(able)}",
         )
-    store = _reader(format, root).read(root, wanted)
+    from client.streams import streamed
+
+    store = streamed(_reader(format, root).read(root, wanted), wanted.stream)
     if not wanted.proposals:
         return store
     from client.proposals import propose

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from shared_models.errors import ConfigError, DataError
 from shared_models.job import Job
-from shared_models.job_parts import DataPart
+from shared_models.job_parts import DataPart, StreamPart
 from shared_models.models import models
 from shared_models.registry import Registry, nearest
 from shared_models.tasks.base import Batch, Target, make_task
@@ -41,6 +39,7 @@ class Wanted:
         skip_bad: how many files or rows that cannot be used are passed over; one more is an error.
         values: site (empty for every site) -> column of a table -> its own word -> the word that all sites share.
         proposals: how many regions that may hold an object are proposed for every image; 0 for models without them.
+        stream: what changes the examples from task to task.
     """
 
     data: DataPart
@@ -50,6 +49,7 @@ class Wanted:
     skip_bad: int = 0
     values: Mapping[str, Mapping[str, Mapping[str, str]]] = field(default_factory=dict)
     proposals: int = 0
+    stream: StreamPart = field(default_factory=StreamPart)
 
     @staticmethod
     def by(job: Job, local: Mapping[str, str] | None = None, **own: Any) -> Wanted:
@@ -57,7 +57,8 @@ class Wanted:
         task = make_task(job)
         aliases = {**task.settings.aliases, **(local or {})}
         proposals = job.data.proposals if models[job.model.name].proposals else 0
-        return Wanted(job.data, job.task.labels, task.target, aliases, proposals=proposals, **own)
+        fields = {"proposals": proposals, "stream": job.stream, **own}
+        return Wanted(job.data, job.task.labels, task.target, aliases, **fields)
 
     def shared(self, site: str, column: str, word: str) -> str:
         """The word that all sites share for a site's own word in a column of a table."""
@@ -143,6 +144,7 @@ class Store:
             together, at one site and in one part.
         alternatives: whether the examples of one group are one input with several targets, any of which is right, such
             as an image and its captions; validation and test then hold the first of each group alone.
+        tasks: (N,) int64, the task of the stream that an example comes with, where that is not told by its class.
         statistics: (mean, std) measured at the sites, each (C,) or (F,), in units of `x / 255` for images.
     """
 
@@ -156,6 +158,7 @@ class Store:
     proposals: Tensor | None = None
     groups: Sequence[str] = ()
     alternatives: bool = False
+    tasks: Tensor | None = None
     statistics: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -197,6 +200,16 @@ class Store:
             return None
         return self.normalise(self.x)
 
+    def prepare(
+        self, raw: Batch, device: torch.device | None = None, change: Callable[[Batch], Batch] | None = None
+    ) -> Batch:
+        """Raw examples as they are trained on: changed, on `device`, normalised."""
+        if change is not None:
+            raw = change(raw)
+        if device is not None and device.type != "cpu":
+            raw = raw.pinned().to(device)
+        return replace(raw, x=self.normalise(raw.x))
+
     def normalise(self, x: Tensor) -> Tensor:
         """Raw numbers -> float32 `(x / unit - mean) / std`, on their device; a missing feature becomes the mean, 0.
 
@@ -225,8 +238,13 @@ class Examples:
         """Their targets."""
         return self.store.y[self.rows]
 
-    def of_classes(self, classes: Sequence[int]) -> Examples:
-        """The examples of these classes: one task of a class-incremental stream."""
+    def of_tasks(self, job: Job, tasks: Sequence[int]) -> Examples:
+        """The examples that come with these tasks of the job's stream; all where there is none."""
+        if job.time == "offline":
+            return self
+        if self.store.tasks is not None:
+            return Examples(self.store, self.rows[torch.isin(self.store.tasks[self.rows], torch.tensor(tasks))])
+        classes = [c for task in tasks for c in job.tasks[task]]
         return Examples(self.store, self.rows[torch.isin(self.y, torch.tensor(classes))])
 
     def batch(
@@ -234,16 +252,9 @@ class Examples:
     ) -> Batch:
         """x (B, *shape) float32, normalised, and their targets, on `device`; `change` sees the raw images before."""
         rows = self.rows[indices]
-        on_gpu = device is not None and device.type != "cpu"
-        if change is None and not on_gpu and self.store.inputs is not None:
+        if change is None and (device is None or device.type == "cpu") and self.store.inputs is not None:
             return self._take(self.store.inputs, rows)
-        raw = self._take(self.store.x, rows)
-        if change is not None:
-            raw = change(raw)
-        if on_gpu:
-            assert device is not None
-            raw = raw.pinned().to(device)
-        return replace(raw, x=self.store.normalise(raw.x))
+        return self.store.prepare(self._take(self.store.x, rows), device, change)
 
     def _take(self, x: Tensor, rows: Tensor) -> Batch:
         regions = self.store.proposals
@@ -274,89 +285,10 @@ class Splits:
     validation: Examples
     test: Examples
 
-    def of_classes(self, classes: Sequence[int]) -> Splits:
-        """The three parts of one task of a stream."""
-        return Splits(*(getattr(self, part).of_classes(classes) for part in PARTS))
-
     def normalised_by(self, mean: Tensor, std: Tensor) -> Splits:
         """The same examples, normalised by statistics that were measured at the sites."""
         store = self.train.store.normalised_by(mean, std)
         return Splits(*(Examples(store, getattr(self, part).rows) for part in PARTS))
-
-
-def split(store: Store, rows: Tensor | None = None) -> Splits:
-    """Cut rows (all by default) into train, validation and test.
-
-    The owner's own split is taken where there is one. Otherwise a sample's part follows from the SHA-256 of its name,
-    60 / 20 / 20 on average: it never changes when samples are added, and does not depend on a seed. With
-    `data.parts = "blocks"` the first 60 % in the order of names (`natural`) are train, the next 20 % validation, the
-    rest test. Tiles go by the name of their image. Of alternatives validation and test hold the first alone. Of train
-    no more is kept than `data.train_share` says.
-
-    Raises:
-        DataError: a part would be empty.
-    """
-    rows = torch.arange(len(store.names)) if rows is None else rows
-    if store.parts:
-        parts = [store.parts[r] for r in rows.tolist()]
-    elif store.data.parts == "blocks":
-        names = sorted({store.together[r] for r in rows.tolist()}, key=natural)
-        place = {name: i / len(names) for i, name in enumerate(names)}
-        parts = [part_at(place[store.together[r]]) for r in rows.tolist()]
-    else:
-        parts = [part_of(store.together[r]) for r in rows.tolist()]
-    if store.alternatives:
-        first = {store.together[r]: r for r in reversed(rows.tolist())}
-        kept = set(first.values())
-        parts = [p if p == "train" or r in kept else "" for p, r in zip(parts, rows.tolist(), strict=True)]
-    found = {p: Examples(store, rows[torch.tensor([q == p for q in parts], dtype=torch.bool)]) for p in PARTS}
-    for part, examples in found.items():
-        if not len(examples):
-            raise DataError(
-                f"no example for the {part} part among {len(rows)}",
-                hint="Add examples, or give train, validation and test folders",
-            )
-    if store.data.train_share < 1:
-        found["train"] = _some(found["train"], store.data.train_share)
-    return Splits(**found)
-
-
-def _some(examples: Examples, share: float) -> Examples:
-    """A share of them on average, by the SHA-256 of their names: none of a smaller share is missing in a larger one.
-
-    Raises:
-        DataError: nothing would be left.
-    """
-    names = examples.store.together
-    kept = torch.tensor([_chance(names[row]) < share for row in examples.rows.tolist()], dtype=torch.bool)
-    if not kept.any():
-        raise DataError(
-            f"data.train_share = {share} leaves none of {len(examples)} training examples",
-            hint="Set a larger share, or add examples",
-        )
-    return Examples(examples.store, examples.rows[kept])
-
-
-def _chance(name: str) -> float:
-    """A number in [0, 1) of a name, another one than that which decides its part."""
-    digest = hashlib.sha256(b"train_share\0" + name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def natural(name: str) -> tuple[tuple[int, str], ...]:
-    """A key that sorts as a person counts: slice-9 before slice-10."""
-    pieces = re.findall(r"[0-9]+|[^0-9]+", name)
-    return tuple((int(piece), "") if piece.isdigit() and piece.isascii() else (-1, piece) for piece in pieces)
-
-
-def part_of(name: str) -> str:
-    """The part a sample belongs to when its owner gave none."""
-    return part_at(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[0] / 256)
-
-
-def part_at(place: float) -> str:
-    """The part at a place from 0 to below 1: 60 / 20 / 20."""
-    return "train" if place < 0.6 else "validation" if place < 0.8 else "test"
 
 
 def spelling(word: str) -> str:

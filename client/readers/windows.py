@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from client.readers.base import PARTS, part_at
+from client.readers.base import PARTS
+from client.readers.parts import part_at
 from shared_models.job_parts import DataPart
 
 NO_CLASS = -1

@@ -9,10 +9,11 @@ Server half (pure; states and means are groups of named float tensors):
 Client half (pure functions of tensors, also under `torch.func.vmap`):
 
     round_state = begin_round(down, kept)
-    batch = extra_batch(batch, round_state)                      replay
-    loss(params, batch, outputs, round_state) -> (B,) or None    added to the task's loss, per sample
-    grad(grads, params, round_state) -> grads                    acts on parameters, after any per-sample clip
-    up, kept = end_round(model, down, kept, progress)
+    outputs = see(outputs, batch, round_state)                   what the task's loss sees of the model's outputs
+    values = loss(values, params, batch, outputs, round_state)   (B,) -> (B,), from the task's loss, per sample
+    grads = grad(grads, params, round_state)                     acts on parameters, after any per-sample clip
+    round_state = after_step(grads, before, params, round_state)
+    up, kept = end_round(model, down, kept, round_state, progress)
     kept = end_task(model, task, batches, kept)                  when a stream moves on
 
 A method with a closed form overrides `answer` instead of these: there is no training, the site sends sums over its
@@ -22,6 +23,10 @@ examples, and `finish` solves for the model.
 
 `kept` is the method's own state of one site; it stays on the node. A continual method overrides only the client half
 and crosses with any server half: the client runs both, the federated method's pieces first.
+
+What a method remembers of examples is the client's business (`client.replay`): it declares `draws`, and finds what was
+drawn behind the batch's own examples, told apart by `Batch.past`. `former` names weights of an earlier model, whose
+outputs for the batch's own examples then stand there too.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
 from shared_models.job import Job
@@ -40,12 +45,26 @@ from shared_models.tasks.base import Batch, Task
 
 Tensors = Mapping[str, Tensor]
 Weighting = Literal["examples", "uniform"]
+NEVER = -1e4  # a logit whose probability is 0 in float32 and in bfloat16
 
 
 class MethodSettings(BaseModel):
     """Base of a method's own settings: the keys beside `name` in `[method]` or `[continual]`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ReplaySettings(MethodSettings):
+    """What a site keeps of the past.
+
+    Attributes:
+        buffer: examples that each site keeps. Where one client stands for all sites (`centralized`) it keeps as many as
+            they do together.
+        replay: how many of them are drawn in a step; as many as `train.batch_size` by default.
+    """
+
+    buffer: PositiveInt = 200
+    replay: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -70,10 +89,19 @@ class Method:
 
     Attributes:
         continual: whether it belongs into `[continual]` (client half only) or into `[method]`.
+        draws: how often a step draws from the examples that the site keeps of the past; 0: it keeps none.
+        keeps_outputs: whether the model's outputs are kept with them.
+        reference: whether what is drawn gives a gradient of its own (`round_state["reference"]`, for `grad`) instead of
+            joining the batch.
+        whole: whether a task is trained on with all tasks before it, as if no data ever went away.
     """
 
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     continual: ClassVar[bool] = False
+    draws: ClassVar[int] = 0
+    keeps_outputs: ClassVar[bool] = False
+    reference: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     name: ClassVar[str]
 
     def __init__(self, settings: Any) -> None:
@@ -102,19 +130,29 @@ class Method:
         """Constants of this round."""
         return {}
 
-    def extra_batch(self, batch: Batch, round_state: Groups) -> Batch:
-        """The batch to train on, e.g. with replayed samples appended."""
-        return batch
+    def former(self, round_state: Groups) -> Tensors:
+        """All entries of an earlier model that is asked beside the one in training; empty: there is none yet."""
+        return {}
 
-    def loss(self, params: Tensors, batch: Batch, outputs: Tensor, round_state: Groups) -> Tensor | None:
-        """A term added to the task's loss, (B,)."""
-        return None
+    def see(self, outputs: Tensor, batch: Batch, round_state: Groups) -> Tensor:
+        """What the task's loss is given for the model's outputs."""
+        return outputs
+
+    def loss(self, values: Tensor, params: Tensors, batch: Batch, outputs: Tensor, round_state: Groups) -> Tensor:
+        """What is trained on, (B,), from the task's loss `values`, (B,); `outputs` are as the model gave them."""
+        return values
 
     def grad(self, grads: Tensors, params: Tensors, round_state: Groups) -> Tensors:
         """Gradients of the mean loss -> the gradients the optimizer sees."""
         return grads
 
-    def end_round(self, model: Tensors, down: Groups, kept: Groups, progress: Progress) -> tuple[Groups, Groups]:
+    def after_step(self, grads: Tensors, before: Tensors, params: Tensors, round_state: Groups) -> Groups:
+        """The round's state after a step that moved the parameters from `before`; `grads` are those of the loss."""
+        return round_state
+
+    def end_round(
+        self, model: Tensors, down: Groups, kept: Groups, round_state: Groups, progress: Progress
+    ) -> tuple[Groups, Groups]:
         """(groups that go up, what is kept). `model`: the sent entries after training."""
         return {"model": model}, kept
 
@@ -154,6 +192,20 @@ def make_pieces(job: Job) -> tuple[Method, ...]:
     """The methods whose client halves run at a site, in order: the federated one, then the continual one."""
     declared = methods[job.continual.name]
     return (make_method(job), declared(declared.Settings(**job.continual.keys)))
+
+
+Pieces = Sequence[tuple[Method, Groups]]
+
+
+def objective(task: Task, outputs: Any, batch: Batch, params: Tensors, pieces: Pieces) -> Tensor:
+    """What is trained on, (B,): the task's loss, as each method with its round state sees and changes it."""
+    seen = outputs
+    for piece, state in pieces:
+        seen = piece.see(seen, batch, state)
+    values = task.loss(seen, batch)
+    for piece, state in pieces:
+        values = piece.loss(values, params, batch, outputs, state)
+    return values
 
 
 def overrides(piece: Method, hook: str) -> bool:

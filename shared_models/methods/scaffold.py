@@ -48,7 +48,9 @@ class Scaffold(Method):
         correction = round_state["correction"]
         return {n: g + correction[n] if n in correction else g for n, g in grads.items()}
 
-    def end_round(self, model: Tensors, down: Groups, kept: Groups, progress: Progress) -> tuple[Groups, Groups]:
+    def end_round(
+        self, model: Tensors, down: Groups, kept: Groups, round_state: Groups, progress: Progress
+    ) -> tuple[Groups, Groups]:
         """y and c_i+ - c_i go up, c_i+ is kept."""
         own = kept.get("control", {})
         change = {n: (down["model"][n] - model[n]) / progress.lr_sum - c for n, c in down["control"].items()}

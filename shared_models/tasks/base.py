@@ -32,24 +32,44 @@ IGNORED = 255  # the value of a mask's pixels that count nowhere
 
 
 @dataclass(frozen=True)
+class Past:
+    """What a batch holds of earlier tasks, for methods that remember.
+
+    Attributes:
+        draw: (B,) int64: 0 for the batch's own examples, n for those of the n-th draw from what the site keeps.
+        scale: (B,) float32, B / (examples of the same draw): times it, the mean over the batch is the draw's own.
+        outputs: (B, C) float32, what an earlier model said of the examples, zeros where none was asked; None: nowhere.
+    """
+
+    draw: Tensor
+    scale: Tensor
+    outputs: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """Inputs x (B, *shape) float32, or tokens (B, T) int64, and targets y as in the table above.
 
     Attributes:
         proposals: (B, R, 4) float32 regions that may hold an object, for models that ask for them (`Model.proposals`);
             x0, y0, x1, y1 as fractions, a row of zeros is padding.
+        past: what it holds of earlier tasks; None: nothing.
     """
 
     x: Tensor
     y: Tensor
     proposals: Tensor | None = None
+    past: Past | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, rows: slice) -> Batch:
         """Some of its samples."""
-        return Batch(self.x[rows], self.y[rows], None if self.proposals is None else self.proposals[rows])
+        past = self.past
+        if past is not None:
+            past = Past(past.draw[rows], past.scale[rows], None if past.outputs is None else past.outputs[rows])
+        return Batch(self.x[rows], self.y[rows], None if self.proposals is None else self.proposals[rows], past)
 
     def pinned(self) -> Batch:
         """A copy in page-locked memory, from which a GPU reads while the CPU goes on."""

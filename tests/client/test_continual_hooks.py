@@ -28,7 +28,7 @@ NOTES: list[object] = []
 
 
 class Toy(Method):
-    """Replays one sample, pulls a bias, doubles gradients, counts rounds, and keeps the mean image of a task."""
+    """Swaps the outputs, pulls a bias, doubles gradients, counts steps and rounds, keeps the mean image of a task."""
 
     continual = True
     name = "toy"
@@ -37,22 +37,32 @@ class Toy(Method):
         CALLS.append("begin_round")
         NOTES.append(torch.rand(3).tolist())
         assert down["model"].keys() == {"head.weight", "head.bias"}
-        return {"replay": {"x": torch.tensor([[[[0.0, 1.0]]]])}, "counters": kept.get("counters", {})}
+        return {"steps": {"moved": torch.zeros(2)}}
 
-    def extra_batch(self, batch: Batch, round_state: Groups) -> Batch:
-        CALLS.append("extra_batch")
-        return Batch(torch.cat([batch.x, round_state["replay"]["x"]]), torch.cat([batch.y, torch.tensor([1])]))
+    def see(self, outputs: Tensor, batch: Batch, round_state: Groups) -> Tensor:
+        CALLS.append("see")
+        return outputs.flip(1)
 
-    def loss(self, params: dict[str, Tensor], batch: Batch, outputs: Tensor, round_state: Groups) -> Tensor:
+    def loss(
+        self, values: Tensor, params: dict[str, Tensor], batch: Batch, outputs: Tensor, round_state: Groups
+    ) -> Tensor:
         CALLS.append("loss")
-        return 0.5 * params["head.bias"][0].expand(len(outputs))
+        return values + 0.5 * params["head.bias"][0]
 
     def grad(self, grads: dict[str, Tensor], params: dict[str, Tensor], round_state: Groups) -> dict[str, Tensor]:
         CALLS.append("grad")
         return {n: 2 * g for n, g in grads.items()}
 
-    def end_round(self, model: dict[str, Tensor], down: Groups, kept: Groups, progress: Progress):
+    def after_step(
+        self, grads: dict[str, Tensor], before: dict[str, Tensor], params: dict[str, Tensor], round_state: Groups
+    ) -> Groups:
+        CALLS.append("after_step")
+        NOTES.append(grads["head.bias"].tolist())
+        return {"steps": {"moved": round_state["steps"]["moved"] + params["head.bias"] - before["head.bias"]}}
+
+    def end_round(self, model: dict[str, Tensor], down: Groups, kept: Groups, round_state: Groups, progress: Progress):
         CALLS.append("end_round")
+        NOTES.append(round_state["steps"]["moved"].tolist())
         rounds = kept.get("counters", {}).get("rounds", torch.tensor(0)) + 1
         return {"model": {"secret": torch.ones(1)}}, {**kept, "counters": {"rounds": rounds}}
 
@@ -91,22 +101,24 @@ def ask(job: Job, kind: str = "train", **fields: object) -> Instruction:
 
 
 def test_one_step_by_hand(job: Job) -> None:
-    """From zero both classes have probability 1/2, so d loss / d logits is p - y = +-1/2 for either sample.
+    """From zero both classes have probability 1/2, so d loss / d logits seen is p - y = +-1/2.
 
-    Own sample x = (1, 0), class 0:       dW = [[-.5, 0], [.5, 0]],   db = [-.5, .5]
-    Replayed sample x = (0, 1), class 1:  dW = [[0, .5], [0, -.5]],   db = [.5, -.5]
-    Mean of the two, + .5 on b_0 by `loss`: dW = [[-.25, .25], [.25, -.25]], db = [.5, 0]
-    `grad` doubles, the rate is .1:       W = [[.05, -.05], [-.05, .05]],   b = [-.1, 0]
+    Own sample x = (1, 0), class 0, the outputs swapped:  dW = [[.5, 0], [-.5, 0]],   db = [.5, -.5]
+    `loss` adds .5 to db_0:                                                           db = [1, -.5]
+    `grad` doubles, the rate is .1:                       W = [[-.1, 0], [.1, 0]],    b = [-.2, .1]
     """
     state = MemoryState()
     handler = Handler("a", lambda job: site(), state, Policy(approve_all=True), Benches(CPU))
     reply = handler.handle(ask(job))
-    assert CALLS == ["begin_round", "extra_batch", "loss", "grad", "end_round"]
+    assert CALLS == ["begin_round", "see", "loss", "grad", "after_step", "end_round"]
     assert (reply.code, reply.examples, reply.samples, reply.steps) == ("ok", 1, 1, 1)
     assert reply.groups.keys() == {"model"}  # what a continual piece offers does not go up
-    torch.testing.assert_close(reply.groups["model"]["head.weight"], torch.tensor([[0.05, -0.05], [-0.05, 0.05]]))
-    torch.testing.assert_close(reply.groups["model"]["head.bias"], torch.tensor([-0.1, 0.0]))
+    torch.testing.assert_close(reply.groups["model"]["head.weight"], torch.tensor([[-0.1, 0.0], [0.1, 0.0]]))
+    torch.testing.assert_close(reply.groups["model"]["head.bias"], torch.tensor([-0.2, 0.1]))
     assert "secret" not in reply.groups["model"]
+    _, gradient, moved = NOTES
+    assert gradient == pytest.approx([1.0, -0.5])  # of the loss, before `grad`
+    assert moved == pytest.approx([-0.2, 0.1])
 
 
 def test_what_is_kept_comes_back_and_survives_the_end_of_the_task(job: Job, tmp_path) -> None:
@@ -139,7 +151,7 @@ def test_the_end_of_a_task_sees_the_servers_model_and_nothing_of_the_past(job: J
     for benches in (Benches(CPU), busy):
         Handler("a", lambda job: site(), MemoryState(), Policy(approve_all=True), benches).handle(end)
         torch.rand(5)
-    _, first, again = NOTES  # before them, what `b` drew
+    first, again = NOTES[-2:]  # before them, what `b` drew
     assert first == again
     training, gradients, _, bias = first
     assert (training, gradients, bias) == (False, [True, True], [3.0, 4.0])
@@ -149,7 +161,7 @@ def test_what_a_method_draws_is_keyed_by_site_and_round(job: Job) -> None:
     for name, round in (("a", 0), ("a", 0), ("a", 1), ("b", 0)):
         handler = Handler(name, lambda job: site(), MemoryState(), Policy(approve_all=True), Benches(CPU))
         handler.handle(replace(ask(job, round=round), site=name))
-    first, again, later, elsewhere = NOTES
+    first, again, later, elsewhere = NOTES[::3]
     assert first == again
     assert later != first != elsewhere != later
 

@@ -116,9 +116,7 @@ def test_evaluate_measures_and_leaves_no_trace(make_job: MakeJob, make_splits: M
     parts = tuple((part, task) for part in ("validation", "test") for task in (0, 1))
     reply = at("a", splits, state).handle(ask(job, "evaluate", evaluate=parts))
     counts = {k: v.sum().item() for k, v in reply.metrics.items() if k.endswith("confusion")}
-    expected = {
-        f"{part}/{task}/confusion": len(getattr(splits, part).of_classes(job.tasks[task])) for part, task in parts
-    }
+    expected = {f"{part}/{task}/confusion": len(getattr(splits, part).of_tasks(job, (task,))) for part, task in parts}
     assert counts == expected
     assert sum(counts.values()) == len(splits.validation) + len(splits.test)
     assert (reply.code, reply.groups, reply.steps) == ("ok", {}, 0)

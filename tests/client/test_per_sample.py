@@ -68,8 +68,8 @@ class Pull(Method):
 
     name = "pull"
 
-    def loss(self, params, batch, outputs, round_state):  # type: ignore[no-untyped-def]
-        return 0.5 * params["head.bias"].square().sum().expand(len(batch)) * round_state["pull"]["strength"]
+    def loss(self, values, params, batch, outputs, round_state):  # type: ignore[no-untyped-def]
+        return values + 0.5 * params["head.bias"].square().sum().expand(len(batch)) * round_state["pull"]["strength"]
 
 
 @pytest.mark.parametrize("way", ["vmap", "hooks", "loop"])

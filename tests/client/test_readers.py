@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits
 
 import client.readers
 from client.readers import check
-from client.readers.base import PARTS, Examples, Store, Wanted, part_of, readers, split
+from client.readers.base import PARTS, Examples, Store, Wanted, readers
+from client.readers.parts import part_of, split
 from shared_models.errors import ConfigError, DataError, UnknownNameError
 from shared_models.job import Job
 from shared_models.job_parts import DataPart, SimulationPart

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from client.readers import check, read
-from client.readers.base import PARTS, Store, Wanted, part_of, split
+from client.readers.base import PARTS, Store, Wanted
+from client.readers.parts import part_of, split
 from shared_models.errors import ConfigError, DataError
 from shared_models.job_parts import DataPart
 from shared_models.tokens import BEGIN, END, PAD, Bytes

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from client.readers import check, read
-from client.readers.base import PARTS, Store, Wanted, split
+from client.readers.base import PARTS, Store, Wanted
+from client.readers.parts import split
 from client.readers.windows import in_time
 from shared_models.errors import ConfigError, DataError
 from shared_models.job_parts import DataPart, SimulationPart

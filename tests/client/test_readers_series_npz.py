@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from client.readers import check, npz, read
-from client.readers.base import PARTS, Store, Wanted, split
+from client.readers.base import PARTS, Store, Wanted
+from client.readers.parts import split
 from shared_models.errors import DataError
 from shared_models.job_parts import DataPart
 

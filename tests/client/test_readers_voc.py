@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from client.readers import read
-from client.readers.base import PARTS, Store, Wanted, split
+from client.readers.base import PARTS, Store, Wanted
+from client.readers.parts import split
 from shared_models.errors import DataError
 from shared_models.job_parts import DataPart
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
-from client.readers.base import PARTS, Examples, Store, part_of, split
+from client.readers.base import PARTS, Examples, Store
+from client.readers.parts import part_of, split
 from shared_models.errors import DataError
+from shared_models.job import Job
 from shared_models.job_parts import DataPart
 
 DATA = DataPart(shape=(1, 2, 2))
@@ -61,10 +65,12 @@ def test_one_mean_serves_all_channels() -> None:
     assert Examples(store, torch.tensor([0])).batch(torch.tensor([0])).x.tolist() == [[[[-1.0, 1.0]]] * 3]
 
 
-def test_one_task_of_a_stream_keeps_the_order() -> None:
+def test_one_task_of_a_stream_keeps_the_order(make_job: Callable[..., Job]) -> None:
     store = Store(torch.zeros(6, 1, 2, 2, dtype=torch.uint8), torch.tensor([2, 0, 1, 2, 0, 1]), list("abcdef"), DATA)
     examples = Examples(store, torch.tensor([5, 4, 3, 2, 1, 0]))
-    assert examples.of_classes([0, 2]).rows.tolist() == [4, 3, 1, 0]
-    assert examples.of_classes([0, 2]).y.tolist() == [0, 2, 0, 2]
-    assert len(examples.of_classes([3])) == 0
-    assert (examples.nbytes, examples.of_classes([3]).nbytes) == (24, 0)
+    job = make_job(task={"labels": list("abcd")}, time="continual", stream={"tasks": 4}, federation={"rounds": 4})
+    assert examples.of_tasks(job, (0, 2)).rows.tolist() == [4, 3, 1, 0]
+    assert examples.of_tasks(job, (0, 2)).y.tolist() == [0, 2, 0, 2]
+    assert len(examples.of_tasks(job, (3,))) == 0
+    assert (examples.nbytes, examples.of_tasks(job, (3,)).nbytes) == (24, 0)
+    assert examples.of_tasks(job.replace(time="offline"), (0,)) is examples

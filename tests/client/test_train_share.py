@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from client.readers.base import PARTS, Splits, Store, part_of, split
+from client.readers.base import PARTS, Splits, Store
+from client.readers.parts import part_of, split
 from shared_models.errors import ConfigError, DataError
 from shared_models.job_parts import DataPart
 from shared_models.validation import validate

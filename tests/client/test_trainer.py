@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from client.readers.base import Splits
+from client.readers.base import Examples, Splits
 from client.trainer import batches, count_steps, evaluate, learning_rate, train
 from client.workbench import Workbench
 from shared_models.job import Job
@@ -159,7 +159,7 @@ def test_evaluate_equals_one_forward_over_everything(
     assert int(sums["confusion"].diag().sum()) == hits
     assert int(sums["confusion"].sum()) == 300
     assert float(sums["loss"]) == pytest.approx(float(F.cross_entropy(outputs, batch.y, reduction="sum")), rel=1e-5)
-    assert evaluate(bench, data.of_classes([])) == {}
+    assert evaluate(bench, Examples(data.store, data.rows[:0])) == {}
 
 
 @pytest.mark.gpu

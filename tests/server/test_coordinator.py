@@ -308,8 +308,10 @@ def test_a_stream_leaves_its_matrix_and_the_offline_budget(make_job: Maker, site
 
 
 def test_a_site_without_data_of_a_task_is_left_out_not_rejected(make_job: Maker, make_splits: Splitter) -> None:
-    sites = {"full": make_splits(0), "few": make_splits(1).of_classes([0, 1, 2, 3, 4])}
     job = make_job(time="continual", federation={"rounds": 2, "min_sites": 2}, stream={"tasks": 2})
+    other = make_splits(1)
+    few = Splits(*(getattr(other, part).of_tasks(job, (0,)) for part in ("train", "validation", "test")))
+    sites = {"full": make_splits(0), "few": few}
     _, heard = run(job, sites)
     rounds = [e for e in heard if e["event"] == "round"]
     assert [dict(zip(e["sites"], e["examples"], strict=True)) for e in rounds] == [

@@ -41,10 +41,7 @@ STAGES: Parts = {"stages": [{"name": "one"}]}
 class Rehearsal(Method):
     """A continual method that replays."""
 
-    continual, name = True, "rehearsal"
-
-    def extra_batch(self, batch, round_state):  # type: ignore[no-untyped-def]
-        return batch
+    continual, name, draws = True, "rehearsal", 1
 
 
 class Importance(Method):
@@ -109,7 +106,7 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {**SAMPLE, **KMEANS},
     ),
     (
-        "continual method 'rehearsal' replays examples, which are drawn from its buffer otherwise than by the Poisson",
+        "continual method 'rehearsal' trains on examples of earlier tasks again, otherwise than by the Poisson",
         {**SAMPLE, "continual": {"name": "rehearsal"}},
         {**CLIENT, "continual": {"name": "rehearsal"}},
     ),
@@ -244,9 +241,24 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {"place": "federated", "share": {"personal": ["head.*"]}},
     ),
     (
-        "a stream cuts the labels into tasks, and an example of the task 'segmentation' has no single label",
+        "a stream of classes cuts the labels into tasks, and an example of the task 'segmentation' has no single label",
         {"time": "continual", "stream": {"tasks": 2}, **SEGMENTATION},
-        {"time": "offline", **SEGMENTATION},
+        {"time": "continual", "stream": {"tasks": 2, "kind": "blur"}, **SEGMENTATION},
+    ),
+    (
+        "stream.kind = 'drift' changes images, and [data] describes features of shape (2,)",
+        {"stream": {"kind": "drift"}, **FEATURES},
+        {"stream": {"kind": "classes"}, **FEATURES},
+    ),
+    (
+        "stream.kind = 'rotation' turns images without their mask",
+        {"stream": {"kind": "rotation"}, **SEGMENTATION},
+        {"stream": {"kind": "drift"}, **SEGMENTATION},
+    ),
+    (
+        "continual method 'rehearsal' replays or repeats single answers, and one of the task 'segmentation' is none",
+        {"continual": {"name": "rehearsal"}, **SEGMENTATION},
+        {"continual": {"name": "ewc"}, **SEGMENTATION},
     ),
     (
         "simulation.partition = 'dirichlet' shares out each class, and an example of the task 'segmentation'",

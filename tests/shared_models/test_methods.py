@@ -114,7 +114,7 @@ def quadratic(method: Method, rounds: int, share: float = 1.0) -> float:
             for _ in range(K):
                 grads = method.grad({"w": H[client] * (params["w"] - M[client])}, params, round_state)
                 params = {"w": params["w"] - ETA * grads["w"]}
-            up, kept[client] = method.end_round(params, down, kept[client], Progress(K, K, K * ETA))
+            up, kept[client] = method.end_round(params, down, kept[client], round_state, Progress(K, K, K * ETA))
             mean.add(slot, up, dict.fromkeys(up, 1.0))
         means = mean.result()
         assert means is not None
@@ -147,7 +147,7 @@ def test_scaffold_control_variates_are_option_ii() -> None:
     method = make("scaffold")
     state = method.init({"w": torch.tensor([1.0])}, ["w"])
     down = method.down(state)
-    up, kept = method.end_round({"w": torch.tensor([0.5])}, down, {}, Progress(5, 5, 0.5))
+    up, kept = method.end_round({"w": torch.tensor([0.5])}, down, {}, {}, Progress(5, 5, 0.5))
     assert float(kept["control"]["w"]) == pytest.approx(1.0)
     state = method.finish(state, up, 1, 4)
     assert float(state["control"]["w"]) == pytest.approx(0.25)
@@ -215,6 +215,6 @@ def test_pieces_work_under_vmap() -> None:
 
 
 def test_untouched_hooks_cost_nothing() -> None:
-    assert not any(overrides(make("fedavg"), h) for h in ("grad", "loss", "extra_batch", "end_task"))
+    assert not any(overrides(make("fedavg"), h) for h in ("grad", "loss", "see", "after_step", "end_task"))
     assert overrides(make("fedprox"), "grad")
     assert isinstance(make("finetune").settings, MethodSettings)

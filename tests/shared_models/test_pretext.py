@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from client.readers.base import Examples, Store, Wanted, readers, split
+from client.readers.base import Examples, Store, Wanted, readers
+from client.readers.parts import split
 from client.trainer import evaluate, train
 from client.workbench import Workbench
 from shared_models.backbone import Backbone, backbone, crowned, map_shape

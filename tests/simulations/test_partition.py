@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.readers.base import PARTS, Store, part_of, split
+from client.readers.base import PARTS, Store
+from client.readers.parts import part_of, split
 from shared_models.errors import ConfigError, DataError
 from shared_models.job_parts import DataPart, SimulationPart
 from simulations.partition import SitePopulation, iid, make_partition, site_names

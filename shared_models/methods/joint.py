@@ -1,0 +1,16 @@
+"""Joint training: each task is trained on together with all before it, as if no data ever went away.
+
+What a stream could reach at best, with the same number of steps; no continual method has this much.
+"""
+
+from __future__ import annotations
+
+from shared_models.methods.base import Method, method
+
+
+@method("joint")
+class Joint(Method):
+    """A continual method that forgets nothing because nothing is taken from it."""
+
+    continual = True
+    whole = True
