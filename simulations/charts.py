@@ -209,7 +209,7 @@ def stacks(key: str, title: str, rows: Sequence[Stack], segments: Sequence[str],
     for i, row in enumerate(rows):
         y, x = i * step + 4, float(left)
         label = row.label if _width(row.label) < left + 20 else row.label[:13] + "…"
-        out.append(Markup('<text class="name" x="0" y="{}">{}</text>').format(y + tall - 4, label))
+        out.append(Markup('<text class="name" x="0" y="{}">{}</text>').format(y + tall / 2 + 4.5, label))
         for name, value, colour in zip(segments, row.values, colours, strict=True):
             width = value / most * (WIDTH - left - right)
             if value:
@@ -220,9 +220,11 @@ def stacks(key: str, title: str, rows: Sequence[Stack], segments: Sequence[str],
                 out.append(Markup(shape).format(x, y, width, tall, colour, said))
                 if step > 20 and _width(name) + 4 <= width:
                     inside = '<text class="in mid" x="{:.2f}" y="{}" style="fill:{}" aria-hidden="true">{}</text>'
-                    out.append(Markup(inside).format(x + width / 2, y + tall - 4, _legible(colour), name))
+                    out.append(Markup(inside).format(x + width / 2, y + tall / 2 + 4.5, _legible(colour), name))
             x += width
-        out.append(Markup('<text class="value" x="{:.2f}" y="{}">{}</text>').format(x + 6, y + tall - 4, row.text))
+        out.append(
+            Markup('<text class="value" x="{:.2f}" y="{}">{}</text>').format(x + 6, y + tall / 2 + 4.5, row.text)
+        )
     said = "; ".join(
         f"{row.label}: {row.text} ("
         + ", ".join(f"{name} {value:,g}" for name, value in zip(segments, row.values, strict=True) if value)

@@ -103,7 +103,7 @@ class Shown:
         ))  # fmt: skip
         if self.conditions:
             names = self._changes()
-            said.append(("features", f"{', '.join(names)} differ by site, in training, validation and test"))
+            said.append(("features", f"{', '.join(names)} by site, in training, validation and test"))
         return said
 
     def document(self) -> dict[str, Any]:

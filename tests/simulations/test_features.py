@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from client.readers.base import PARTS, Store
+from shared_models.job import Job
 from shared_models.job_parts import DataPart
 from shared_models.simulation_part import FeaturesPart, SimulationPart
 from shared_models.tasks.base import IGNORED, Target
+from simulations.compare import load_sites
 from simulations.features import Condition, conditions, skewed
 from simulations.partition import Partition, SitePopulation, make_partition, same_sites
 
@@ -172,3 +175,23 @@ def test_another_order_of_the_same_examples_gets_the_same_noise() -> None:
     other = Store(store.x[order], store.y[order], [store.names[i] for i in order.tolist()], store.data)
     found = make_partition(store, part(noise=0.2, blur=1.0))
     assert torch.equal(same_sites(found, store, other).seen(other, "class").x, found.seen(store, "class").x[order])
+
+
+def test_a_job_is_trained_on_what_its_sites_see_in_every_stage() -> None:
+    stages = [{"name": "pretext", "task": {"name": "rotation", "labels": []}}, {"name": "probe"}]
+    plain, wanted = (
+        Job.resolve({
+            "name": "t", "model": {"name": "cnn"}, "task": {"labels": [str(c) for c in range(10)]},
+            "data": {"shape": [1, 8, 8]}, "stages": stages, "simulation": {"features": features},
+        })
+        for features in ({}, {"brightness": 0.5})
+    )  # fmt: skip
+    before, sites = load_sites(plain, Path()), load_sites(wanted, Path())
+    assert plain.hash == wanted.hash  # what a site would approve is the same job
+    for stage in (0, 1):
+        for name, condition in sites.partition.conditions.items():
+            for which in PARTS:
+                was, now = (getattr(found.at(stage).splits(name), which) for found in (before, sites))
+                assert torch.equal(was.rows, now.rows)
+                shifted = was.store.x[was.rows].double() + 255 * condition.brightness
+                assert (now.store.x[now.rows] - shifted.clamp(0, 255)).abs().max() <= 0.51
