@@ -27,9 +27,12 @@ class Augment:
         part: the job's `[augment]`.
         target: form of the targets.
         shape: of one image, (C, H, W).
+        change: what is done to each, instead of what `part` says.
     """
 
-    def __init__(self, part: AugmentPart, target: Target, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, part: AugmentPart, target: Target, shape: tuple[int, ...], change: v2.Transform | None = None
+    ) -> None:
         height, width = shape[1:]
         self.target = target
         self.size = (height, width)
@@ -49,7 +52,7 @@ class Augment:
             steps.append(v2.RandomCrop(self.size, padding=part.crop, fill=fill))
         if part.brightness or part.contrast:
             steps.append(v2.ColorJitter(part.brightness or None, part.contrast or None))
-        self.change = v2.Compose(steps)
+        self.change = change or v2.Compose(steps)
 
     def __call__(self, batch: Batch) -> Batch:
         """Each sample changed on its own."""

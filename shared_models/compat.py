@@ -58,6 +58,8 @@ def _closed_form(job: Job) -> bool:
     return overrides(make_method(job), "answer")
 
 
+BY_CLASS = ("dirichlet", "shards", "labels")  # partitions
+
 RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_wrong_task, "model '{job.model.name}' cannot serve the task '{job.task.name}'"),
     (
@@ -90,9 +92,18 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "[[stages]] are trainings one after another, and so are the tasks of a stream; use one of the two",
     ),
     (
-        lambda job: job.simulation.partition == "dirichlet" and _target(job) != "class",
-        "simulation.partition = 'dirichlet' shares out each class, and an example of the task '{job.task.name}' has no "
-        "single class; 'iid', 'blocks' and 'column' can split it",
+        lambda job: job.simulation.partition in BY_CLASS and _target(job) != "class",
+        "simulation.partition = '{job.simulation.partition}' shares out each class, and an example of the task "
+        "'{job.task.name}' has no single class; 'iid', 'quantity', 'blocks' and 'column' can split it",
+    ),
+    (
+        lambda job: bool(job.simulation.features.chosen) and job.data.form == "tokens",
+        "[simulation.features] changes images, features and series, and [data] describes tokens",
+    ),
+    (
+        lambda job: bool(job.simulation.features.chosen.keys() - {"noise"}) and len(job.data.shape) != 3,
+        "[simulation.features] changes images but for its noise, and [data] describes {job.data.form} of shape "
+        "{job.data.shape}",
     ),
     (
         lambda job: bool(job.data.tile) and _target(job) != "mask",

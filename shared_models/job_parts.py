@@ -362,34 +362,3 @@ class StreamPart(Part):
     kind: Literal["classes", "rotation", "blur", "drift"] = "classes"
     tasks: Positive = 5
     amount: Annotated[float, Field(gt=0)] | None = None
-
-
-class SimulationPart(Part):
-    """`[simulation]`: the data and the split of a simulated federation; nodes never read it.
-
-    Attributes:
-        reader: a registered reader, e.g. `digits` or `imagefolder`.
-        root: the reader's folder; `$NAME` is replaced by that environment variable, a relative path starts at the job.
-        partition: `iid`, `dirichlet` (per class, Hsu et al. 2019), `blocks` (contiguous in the order of names) or
-            `column` (the site column that the reader gives).
-        sites: how many (not for `column`).
-        alpha: concentration of the Dirichlet distribution.
-        min_examples: smallest site a Dirichlet draw may give; it is drawn again until all have that many.
-        smallest: sites of a column with fewer examples are left out.
-        test: which test examples measure at each site: its `own`, or those of all sites, `shared`, where a metric needs
-            more examples than one site has (recall in a gallery). Training and validation examples stay its own.
-        seed: of the split alone, so that several training seeds share one split.
-        values: site -> column of a table -> its own word -> the word that all sites share: what each site's
-            `client.toml` says under `[data.values]`.
-    """
-
-    reader: str = "digits"
-    root: str = ""
-    partition: Literal["iid", "dirichlet", "blocks", "column"] = "iid"
-    sites: Positive = 3
-    alpha: Annotated[float, Field(gt=0)] = 0.5
-    min_examples: Positive = 10
-    smallest: Positive = 1
-    test: Literal["own", "shared"] = "own"
-    seed: int = 0
-    values: dict[str, dict[str, dict[str, str]]] = {}

@@ -1,4 +1,4 @@
-"""Inline SVG for the report: learning curves and bars, drawn without a plotting library.
+"""Inline SVG for the report: learning curves, bars and stacks of them, drawn without a plotting library.
 
 Colours come from the page's CSS through class names (`centralized`, `isolated`, `federated`; `continual` is dashed or
 hollow), so that one drawing serves light, dark and print. A place differs from another by colour and by marker shape,
@@ -53,6 +53,15 @@ class Bar:
     sd: float | None
     text: str
     mark: float | None = None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One bar of several segments, one after another; `text` is the figure beside it."""
+
+    label: str
+    values: Sequence[float]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -181,6 +190,69 @@ def bars(key: str, title: str, rows: Sequence[Bar], axis: Axis = PERCENT) -> Mar
     said = "; ".join(f"{bar.label}: {bar.text}" for bar in rows)
     unit = "Percent, mean" if axis.unit == "%" else f"In {axis.unit}, mean" if axis.unit else "Mean"
     return _svg(key, title, f"{unit} and standard deviation over seeds. {said}.", height, out)
+
+
+def stacks(key: str, title: str, rows: Sequence[Stack], segments: Sequence[str], colours: Sequence[str]) -> Markup:
+    """Horizontal bars of segments; one that is wide enough holds its name, and each says its value when pointed at.
+
+    Args:
+        key: prefix of the element ids, unique in the page.
+        title: what is drawn, for a screen reader too.
+        rows: from top to bottom, drawn to one scale.
+        segments: names of a bar's values, the same for all bars.
+        colours: `#rrggbb` of each.
+    """
+    left, step = 110, 25 if len(rows) <= 30 else 14
+    right = 12 + max([0, *(_width(row.text) for row in rows)])
+    most, tall = max([1e-12, *(sum(row.values) for row in rows)]), step - 8 if step > 20 else step - 3
+    out = []
+    for i, row in enumerate(rows):
+        y, x = i * step + 4, float(left)
+        label = row.label if _width(row.label) < left + 20 else row.label[:13] + "…"
+        out.append(Markup('<text class="name" x="0" y="{}">{}</text>').format(y + tall / 2 + 4.5, label))
+        for name, value, colour in zip(segments, row.values, colours, strict=True):
+            width = value / most * (WIDTH - left - right)
+            if value:
+                shape = (
+                    '<rect class="seg" x="{:.2f}" y="{}" width="{:.2f}" height="{}" fill="{}"><title>{}</title></rect>'
+                )
+                said = f"{row.label}, {name}: {value:,g}"
+                out.append(Markup(shape).format(x, y, width, tall, colour, said))
+                if step > 20 and _width(name) + 4 <= width:
+                    inside = '<text class="in mid" x="{:.2f}" y="{}" style="fill:{}" aria-hidden="true">{}</text>'
+                    out.append(Markup(inside).format(x + width / 2, y + tall / 2 + 4.5, _legible(colour), name))
+            x += width
+        out.append(
+            Markup('<text class="value" x="{:.2f}" y="{}">{}</text>').format(x + 6, y + tall / 2 + 4.5, row.text)
+        )
+    said = "; ".join(
+        f"{row.label}: {row.text} ("
+        + ", ".join(f"{name} {value:,g}" for name, value in zip(segments, row.values, strict=True) if value)
+        + ")"
+        for row in rows
+    )
+    return _svg(key, title, f"{said}.", len(rows) * step + 8, out)
+
+
+def shades(palette: Sequence[str], count: int) -> list[str]:
+    """So many colours: those of the palette, then the same ones paler and paler."""
+    found = []
+    for i in range(count):
+        paler = 1 - 0.55 ** (i // len(palette))
+        rgb = _rgb(palette[i % len(palette)])
+        found.append("#" + "".join(f"{round(255 * (value + (1 - value) * paler)):02x}" for value in rgb))
+    return found
+
+
+def _legible(colour: str) -> str:
+    """Black or white, whichever contrasts more (WCAG's relative luminance)."""
+    red, green, blue = ((v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4) for v in _rgb(colour))
+    return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
+
+
+def _rgb(colour: str) -> list[float]:
+    """`#rrggbb` -> three numbers from 0 to 1."""
+    return [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
 
 
 def _width(figure: str) -> int:

@@ -1,10 +1,8 @@
-"""`fedzoo demo`, `simulate`, `compare`, `report` and `privacy`."""
+"""`fedzoo demo`, `simulate`, `compare`, `report`, `privacy` and `partition`."""
 
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simulations import partition_cli
+from simulations.options import JobFile, Json, Set, SkipBad, typed
+
 if TYPE_CHECKING:
     from shared_models.job import Job
     from simulations.results import Comparison
 
 app = typer.Typer()
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="A job file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. federation.rounds=5.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
-SkipBad = Annotated[int, typer.Option("--skip-bad", min=0, help="Pass over up to N unusable files, and list them.")]
+app.add_typer(partition_cli.app)
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results.", show_default="runs/<job>-<time>")]
 
 
@@ -49,7 +47,7 @@ def simulate(job: JobFile, set: Set = None, out: Out = None, skip_bad: SkipBad =
     folder = _folder(out, resolved.name)
     rounds = count_rounds(resolved, sites, [(resolved.place, resolved.time)], 1)
     with progress(rounds, quiet=as_json) as listen:
-        comparison = run_one(resolved, sites, folder, _command(), listen)
+        comparison = run_one(resolved, sites, folder, typed(), listen)
     _leave(comparison, folder, as_json)
 
 
@@ -84,7 +82,7 @@ def compare(
             paradigms=paradigms,
             seeds=chosen,
             folder=folder,
-            command=_command(),
+            command=typed(),
             listen=listen,
         )
     _leave(comparison, folder, as_json)
@@ -171,8 +169,3 @@ def _folder(out: Path | None, name: str) -> Path:
     if not empty:
         raise ConfigError(f"the folder {path} is not empty", hint=hint)
     return path
-
-
-def _command() -> str:
-    """The command line as it can be typed again."""
-    return shlex.join(["fedzoo", *sys.argv[1:]])

@@ -27,6 +27,7 @@ from simulations.measures import measures_of
 from simulations.paradigms import Result, Setting
 from simulations.paradigms import paradigms as places
 from simulations.partition import SitePopulation, make_partition, same_sites
+from simulations.partitions.base import partitions
 from simulations.pictures import colours, pictures, with_truth
 from simulations.quotes import quotes
 from simulations.results import Budget, Cell, Comparison, Guarantee, Partition, Place, Time
@@ -197,13 +198,7 @@ def _facts(job: Job, sites: SitePopulation) -> dict[str, Any]:
         "version": product_version(),
         "job": job.model_dump(mode="json"),
         "job_hash": job.hash,
-        "partition": Partition(
-            kind=sites.partition.kind,
-            hash=sites.partition.hash,
-            sites=_named_counts(job, sites),
-            sizes=sites.sizes(),
-            counted=COUNTED.get(task.target, "examples"),
-        ),
+        "partition": partition_of(job, sites),
         "environment": environment(),
         "metric": task.headline,
         "metrics": list(task.metrics),
@@ -218,18 +213,32 @@ def load_sites(job: Job, base: Path, skip_bad: int = 0) -> SitePopulation:
     """The simulated sites of a job, once it is known that they and its model can be used.
 
     Raises:
-        ConfigError: the model cannot take the job's images, or as `read_pool` and `make_partition`.
-        DataError: the data cannot be read, or a site would have no example for one of the three parts.
+        ConfigError: the model cannot take the job's images, or as `make_sites`.
+        DataError: as `make_sites`.
     """
     for step in job.steps:
         build_model(step)
+    return make_sites(job, base, skip_bad)
+
+
+def make_sites(job: Job, base: Path, skip_bad: int = 0) -> SitePopulation:
+    """The simulated sites of a job, whatever its model.
+
+    Raises:
+        ConfigError: as `read_pool` and `make_partition`.
+        DataError: the data cannot be read, or a site would have no example for one of the three parts.
+    """
+    partitions.get(job.simulation.partition, "simulation.partition")  # before anything is read
     *before, last = job.steps
     store = read_pool(last, base, skip_bad)
     partition = make_partition(store, job.simulation)
-    stores = [(step, read_pool(step, base, skip_bad)) for step in before]
     test = job.simulation.test
-    earlier = [SitePopulation(s, same_sites(partition, store, s), test=test) for _, s in stores]
-    sites = SitePopulation(store, partition, earlier, test)
+    earlier = []
+    for step in before:
+        own = read_pool(step, base, skip_bad)
+        same = same_sites(partition, store, own)
+        earlier.append(SitePopulation(same.seen(own, make_task(step).target), same, test=test))
+    sites = SitePopulation(partition.seen(store, make_task(last).target), partition, earlier, test)
     for population in (*earlier, sites):
         for name in population.names:
             population.splits(name)
@@ -319,12 +328,20 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _named_counts(job: Job, sites: SitePopulation) -> dict[str, dict[str, dict[str, int]]]:
+def partition_of(job: Job, sites: SitePopulation) -> Partition:
+    """How a job's examples lie at its sites, with the names of its labels."""
     labels = job.steps[-1].task.labels or ("all",)
-    return {
-        site: {part: {labels[c]: n for c, n in counts.items()} for part, counts in parts.items()}
+    counts = {
+        site: {part: {labels[c]: n for c, n in found.items()} for part, found in parts.items()}
         for site, parts in sites.counts(len(labels)).items()
     }
+    return Partition(
+        kind=sites.partition.kind,
+        hash=sites.partition.hash,
+        sites=counts,
+        sizes=sites.sizes(),
+        counted=COUNTED.get(make_task(job.steps[-1]).target, "examples"),
+    )
 
 
 def as_paradigms(places_text: str, times_text: str) -> list[tuple[Place, Time]]:

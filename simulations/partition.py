@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -12,29 +13,46 @@ import numpy as np
 import torch
 
 from client.readers.base import PARTS, Examples, Splits, Store
-from client.readers.parts import natural, split
-from shared_models.errors import ConfigError, DataError
-from shared_models.job_parts import SimulationPart
+from client.readers.parts import split
+from shared_models.errors import DataError
 from shared_models.keys import key
-
-MAX_DRAWS = 1000
+from shared_models.simulation_part import SimulationPart
+from shared_models.tasks.base import Target
+from simulations.features import Condition, conditions, skewed
+from simulations.partitions.base import Pool, partitions
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Site name -> sorted row numbers of the pool; names are in their fixed order."""
+    """Who holds what, and how it looks there.
+
+    Attributes:
+        kind: in words.
+        rows: site name -> sorted row numbers of the pool; names are in their fixed order.
+        conditions: site name -> what it does to its inputs; empty where it does nothing.
+        seed: of the noise in them.
+    """
 
     kind: str
     rows: Mapping[str, np.ndarray]
+    conditions: Mapping[str, Condition] = field(default_factory=dict)
+    seed: int = 0
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of names and rows: two runs with the same hash trained on the same split."""
+        """SHA-256 of names, rows and conditions: two runs with the same hash trained on the same split."""
         digest = hashlib.sha256()
         for name, rows in self.rows.items():
             digest.update(f"{name}\x1f{len(rows)}\x1f".encode())
             digest.update(np.asarray(rows, dtype="<i8").tobytes())
+        if self.conditions:
+            found = {name: condition.chosen for name, condition in self.conditions.items()}
+            digest.update(json.dumps([self.seed, found], sort_keys=True).encode())
         return digest.hexdigest()
+
+    def seen(self, store: Store, target: Target) -> Store:
+        """The store as its sites see it; `target` is the form of its targets."""
+        return skewed(store, self.rows, self.conditions, target, self.seed)
 
 
 def site_names(count: int) -> list[str]:
@@ -47,22 +65,21 @@ def make_partition(store: Store, part: SimulationPart) -> Partition:
     """Split the pool as `[simulation]` says.
 
     Raises:
-        ConfigError: the pool has no site column, or no draw gives every site its minimum.
+        UnknownNameError: there is no such partition.
+        ConfigError: the pool cannot be split so; see `simulations.partitions`.
     """
-    if part.partition == "column":
-        return by_column(store, part.smallest)
-    names = site_names(part.sites)
-    rng = np.random.default_rng(key(part.seed, "partition"))
-    if part.partition == "dirichlet":
-        rows = dirichlet(store.y.numpy(), part.sites, part.alpha, part.min_examples, rng)
-        return Partition(f"dirichlet(alpha={part.alpha:g})", dict(zip(names, rows, strict=True)))
-    members: dict[str, list[int]] = {}
-    for row, name in enumerate(store.together):
-        members.setdefault(name, []).append(row)
-    held = list(members.values())
-    cut = blocks(list(members), part.sites) if part.partition == "blocks" else iid(len(held), part.sites, rng)
-    rows = [np.sort(np.concatenate([held[i] for i in chosen])) for chosen in cut]
-    return Partition(part.partition, dict(zip(names, rows, strict=True)))
+    way = partitions.get(part.partition, "simulation.partition")
+    pool = Pool.of(store)
+    dealt = way.deal(pool, part, np.random.default_rng(key(part.seed, "partition")))
+    named = dealt if isinstance(dealt, Mapping) else dict(zip(site_names(part.sites), dealt, strict=True))
+    settings = ", ".join(f"{name}={getattr(part, name):g}" for name in way.settings)
+    kind = f"{part.partition}({settings})" if settings else part.partition
+    rows = {name: pool.examples(units) for name, units in named.items()}
+    if not part.features.chosen:
+        return Partition(kind, rows)
+    skew = ", ".join(f"{name}={value:g}" for name, value in part.features.chosen.items())
+    found = conditions(part.features, list(rows), part.seed)
+    return Partition(f"{kind}, features({skew})", rows, found, part.seed)
 
 
 def same_sites(partition: Partition, store: Store, other: Store) -> Partition:
@@ -81,81 +98,7 @@ def same_sites(partition: Partition, store: Store, other: Store) -> Partition:
         name: np.sort(np.array([row[store.names[i]] for i in held], dtype=np.int64))
         for name, held in partition.rows.items()
     }
-    return Partition(partition.kind, rows)
-
-
-def by_column(store: Store, least: int = 1) -> Partition:
-    """One site per value of the column that the reader gave, in sorted order; those with fewer examples are left out.
-
-    Raises:
-        ConfigError: there is no such column, or no site has enough.
-    """
-    if not store.sites:
-        raise ConfigError(
-            "simulation.partition = 'column' needs data with a site column", hint="Use 'iid' or 'dirichlet' instead"
-        )
-    column = np.asarray(store.sites)
-    rows = {str(name): np.flatnonzero(column == name) for name in sorted(set(store.sites))}
-    kept = {name: held for name, held in rows.items() if len(held) >= least}
-    if not kept:
-        raise ConfigError(
-            f"none of {len(rows)} sites has {least} examples, the most is {max(map(len, rows.values()))}",
-            hint="Lower simulation.smallest",
-        )
-    return Partition("column", kept)
-
-
-def blocks(names: Sequence[str], sites: int) -> list[np.ndarray]:
-    """Contiguous blocks in the order of names, sizes differing by at most one: slices of a volume stay together.
-
-    Raises:
-        ConfigError: there are more sites than examples.
-    """
-    _require_enough(len(names), sites)
-    order = np.array(sorted(range(len(names)), key=lambda row: natural(names[row])))
-    return [np.sort(rows) for rows in np.array_split(order, sites)]
-
-
-def _require_enough(examples: int, sites: int) -> None:
-    if sites > examples:
-        raise ConfigError(f"{sites} sites cannot share {examples} examples", hint="Lower simulation.sites")
-
-
-def iid(examples: int, sites: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """A random split into parts whose sizes differ by at most one.
-
-    Raises:
-        ConfigError: there are more sites than examples.
-    """
-    _require_enough(examples, sites)
-    return [np.sort(rows) for rows in np.array_split(rng.permutation(examples), sites)]
-
-
-def dirichlet(
-    labels: np.ndarray, sites: int, alpha: float, min_examples: int, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Per class, shares p ~ Dir(alpha) over the sites (Hsu et al. 2019; per class as in Li et al. 2022, NIID-Bench).
-
-    Small alpha: each class sits at few sites. Large alpha: iid. The whole draw is repeated until every site has
-    `min_examples`.
-
-    Raises:
-        ConfigError: no draw in 1000 does.
-    """
-    classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    for _ in range(MAX_DRAWS if sites * min_examples <= len(labels) else 0):
-        shares: list[list[np.ndarray]] = [[] for _ in range(sites)]
-        for members in classes:
-            cuts = (np.cumsum(rng.dirichlet([alpha] * sites))[:-1] * len(members)).astype(int)
-            for site, rows in enumerate(np.split(rng.permutation(members), cuts)):
-                shares[site].append(rows)
-        split_rows = [np.sort(np.concatenate(rows)) for rows in shares]
-        if min(len(rows) for rows in split_rows) >= min_examples:
-            return split_rows
-    raise ConfigError(
-        f"no Dirichlet({alpha:g}) split of {len(labels)} examples over {sites} sites gives every site {min_examples}",
-        hint="Lower simulation.min_examples or simulation.sites, or raise simulation.alpha",
-    )
+    return replace(partition, rows=rows)
 
 
 class SitePopulation:

@@ -5,21 +5,18 @@ The page needs no network, script or font; its template is `templates/report.htm
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
-from shared_models.errors import RunError
 from shared_models.privacy import bound
-from simulations import charts
+from simulations import charts, pages
 from simulations.measures import PERCENT, Measure, words
 from simulations.results import Cell, Comparison, parse
 from simulations.statistics import backward_transfer, final_average, forgetting, summarize, verdicts
@@ -41,13 +38,7 @@ def write(comparison: Given, path: Path) -> Path:
     Raises:
         RunError: the comparison lacks something, or the file cannot be written.
     """
-    page = _environment().get_template("report.html.j2").render(_view(parse(comparison)))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"the report cannot be written to {path}: {error.strerror}") from None
-    return path
+    return pages.write("report.html.j2", _view(parse(comparison)), path, "the report")
 
 
 def tables(comparison: Given, width: int = 120) -> list[Table]:
@@ -197,19 +188,6 @@ def _megabytes(count: int) -> str:
     return f"{size:,.0f}" if size >= 100 or size == 0 else f"{size:.1f}" if size >= 1 else f"{size:.2g}"
 
 
-def _environment() -> Environment:
-    made = Environment(
-        loader=PackageLoader("simulations", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters["sentence"] = _sentence
-    made.filters["behind"] = lambda unit: f" {unit}" if unit else ""
-    return made
-
-
 def _view(c: Comparison) -> dict[str, Any]:
     """Everything the template shows, in the order of the page."""
     done = [cell for cell in c.cells if cell.error is None]
@@ -238,7 +216,7 @@ def _view(c: Comparison) -> dict[str, Any]:
         "matrices": _matrices(c, done),
         "partition": _partition(c),
         "budget": _budget(done),
-        "settings": _flat(c.job),
+        "settings": pages.flat(c.job),
     }
 
 
@@ -294,7 +272,7 @@ def _curves(c: Comparison, done: Sequence[Cell]) -> list[tuple[str, Markup]]:
     unit = ", ".join(filter(None, (c.headline.unit, c.headline.lower)))
     drawn = []
     for key, name, behind, scale in (
-        (c.metric, _sentence(words(c.metric)), f" ({unit})" if unit else "", c.headline.factor),
+        (c.metric, pages.sentence(words(c.metric)), f" ({unit})" if unit else "", c.headline.factor),
         ("loss", "Loss", " (mean per example)", 1),
     ):
         series = [
@@ -308,11 +286,6 @@ def _curves(c: Comparison, done: Sequence[Cell]) -> list[tuple[str, Markup]]:
             drawing = charts.lines(f"curve-{key}", title, series, "round", name + behind, 100 if full else None)
             drawn.append((title, drawing))
     return drawn
-
-
-def _sentence(text: str) -> str:
-    """With a capital letter in front."""
-    return text[:1].upper() + text[1:]
 
 
 def _points(cell: Cell, key: str, scale: float) -> list[charts.Point]:
@@ -380,15 +353,3 @@ def _budget(done: Sequence[Cell]) -> str:
     if len(samples) > 1:
         return "The budgets differ (see the column “samples”): part of a difference may come from that."
     return f"Every paradigm processed {samples.pop():,} samples, summed over the sites." if samples else ""
-
-
-def _flat(job: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """The resolved job as dotted names and values, in the form `--set` takes them."""
-    settings: list[tuple[str, str]] = []
-    for key, value in job.items():
-        if isinstance(value, Mapping) and value:
-            settings += _flat(value, f"{prefix}{key}.")
-        else:
-            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-            settings.append((f"{prefix}{key}", shown))
-    return settings

@@ -135,7 +135,9 @@ def an_invite(address: str, seconds: float = 3600) -> str:
         ("train.momentun=0.1", ("unknown key 'train.momentun'", "did you mean 'momentum'?")),
         ("trian.lr=0.1", ("unknown key 'trian'", "did you mean 'train'")),
         ("place=federatd", ("'place' should be 'centralized', 'isolated' or 'federated'", "not 'federatd'")),
-        ("simulation.partition=dirichelt", ("'simulation.partition' should be", "'dirichlet'", "not 'dirichelt'")),
+        ("simulation.features.noize=1", ("unknown key 'simulation.features.noize'", "did you mean 'noise'?")),
+        ("simulation.features.contrast=1", ("'simulation.features.contrast' should be less than 1", "not 1")),
+        ("simulation.shards=0", ("'simulation.shards' should be greater than 0", "not 0")),
         ("train.lr=fast", ("'train.lr' should be a valid number", "not 'fast'")),
         ("federation.rounds=1.5", ("'federation.rounds' should be a valid integer", "not 1.5")),
         ("federation.rounds=0", ("'federation.rounds' should be greater than 0", "not 0")),
@@ -221,6 +223,11 @@ def test_sites_that_can_never_do_the_job(refused, command: list[str]) -> None:
     has(told("federation.min_sites=4"), "federation.min_sites = 4", "3 sites", "or raise simulation.sites")
     has(told("simulation.partition=dirichlet", "simulation.sites=2000"), "2000 sites", "Lower simulation.min_examples")
     has(told("simulation.partition=column"), "needs data with a site column", "'iid' or 'dirichlet'")
+    has(told("simulation.partition=dirichelt"), "simulation.partition: unknown partition", "'dirichlet'?")
+    has(told("simulation.partition=shards", "simulation.shards=1000"), "3000 shards", "3 x 1000", "Lower simulation.s")
+    has(told("simulation.partition=labels", "simulation.classes=11"), "classes = 11", "10 labels", "Lower simulation.c")
+    has(told("simulation.partition=labels"), "3 sites of 2 labels", "10 labels of the data", "Raise simulation.classes")
+    has(told("simulation.partition=quantity", "simulation.sites=2000"), "quantity(0.5)", "Lower simulation.min_exampl")
     many = ("simulation.sites=250", "simulation.min_examples=1")
     has(told(*many), "no example for the", "part", "Lower simulation.sites")
 

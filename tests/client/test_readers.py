@@ -20,7 +20,8 @@ from client.readers.base import PARTS, Examples, Store, Wanted, readers
 from client.readers.parts import part_of, split
 from shared_models.errors import ConfigError, DataError, UnknownNameError
 from shared_models.job import Job
-from shared_models.job_parts import DataPart, SimulationPart
+from shared_models.job_parts import DataPart
+from shared_models.simulation_part import SimulationPart
 from simulations.demo import write_hospitals
 from simulations.partition import SitePopulation, make_partition
 

@@ -17,8 +17,9 @@ from client.readers.base import PARTS, Store, Wanted
 from client.readers.parts import split
 from client.readers.windows import in_time
 from shared_models.errors import ConfigError, DataError
-from shared_models.job_parts import DataPart, SimulationPart
+from shared_models.job_parts import DataPart
 from shared_models.normalisation import channel_sums
+from shared_models.simulation_part import SimulationPart
 from simulations.partition import SitePopulation, make_partition
 
 LABELS = ("rest", "walk")

@@ -34,6 +34,11 @@ CLIP: Parts = {
     "data": {"shape": [3, 32, 32], "tokenizer": "bytes"},
 }
 ZERO_SHOT: Parts = {**CLIP, "task": {"name": "zero-shot", "labels": ["a", "b"]}}
+TEXTS: Parts = {
+    "model": {"name": "gpt"},
+    "task": {"name": "language-modelling", "labels": []},
+    "data": {"shape": [16], "tokenizer": "bytes"},
+}
 RESNET: Parts = {"model": {"name": "resnet18", "norm": "batch"}, "data": {"shape": [1, 32, 32]}}
 STAGES: Parts = {"stages": [{"name": "one"}]}
 
@@ -264,6 +269,21 @@ CASES: list[tuple[str, Parts, Parts]] = [
         "simulation.partition = 'dirichlet' shares out each class, and an example of the task 'segmentation'",
         {"simulation": {"partition": "dirichlet"}, **SEGMENTATION},
         {"simulation": {"partition": "blocks"}, **SEGMENTATION},
+    ),
+    (
+        "simulation.partition = 'shards' shares out each class, and an example of the task 'segmentation'",
+        {"simulation": {"partition": "shards"}, **SEGMENTATION},
+        {"simulation": {"partition": "quantity"}, **SEGMENTATION},
+    ),
+    (
+        "[simulation.features] changes images, features and series, and [data] describes tokens",
+        {"simulation": {"features": {"noise": 0.1}}, **TEXTS},
+        {"simulation": {"features": {"noise": 0.0}}, **TEXTS},
+    ),
+    (
+        "[simulation.features] changes images but for its noise, and [data] describes features of shape (2,)",
+        {"simulation": {"features": {"noise": 0.1, "blur": 1.0}}, **FEATURES},
+        {"simulation": {"features": {"noise": 0.1}}, **FEATURES},
     ),
     (
         "[augment] changes images, and [data] describes features of shape (2,)",

@@ -11,9 +11,11 @@ import torch
 
 from client.readers.base import PARTS, Store
 from client.readers.parts import part_of, split
-from shared_models.errors import ConfigError, DataError
-from shared_models.job_parts import DataPart, SimulationPart
-from simulations.partition import SitePopulation, iid, make_partition, site_names
+from shared_models.errors import ConfigError, DataError, UnknownNameError
+from shared_models.job_parts import DataPart
+from shared_models.simulation_part import SimulationPart
+from simulations.partition import SitePopulation, make_partition, site_names
+from simulations.partitions.base import Pool, partition, partitions
 
 
 def pool(count: int = 1000, classes: int = 10, sites: Sequence[str] = ()) -> Store:
@@ -34,6 +36,10 @@ def part(**keys: Any) -> SimulationPart:
         {"partition": "dirichlet", "sites": 7, "alpha": 0.3},
         {"partition": "dirichlet", "sites": 5, "alpha": 0.01, "min_examples": 1},
         {"partition": "dirichlet", "sites": 1, "alpha": 0.3},
+        {"partition": "quantity", "sites": 7, "alpha": 0.5},
+        {"partition": "shards", "sites": 7, "shards": 3},
+        {"partition": "labels", "sites": 7, "classes": 3},
+        {"partition": "labels", "sites": 23, "classes": 1},
     ],
 )
 def test_every_example_is_at_exactly_one_site(keys: dict[str, Any]) -> None:
@@ -49,9 +55,9 @@ def test_iid_sizes_differ_by_at_most_one() -> None:
 
 
 def test_as_many_sites_as_examples_and_one_more() -> None:
-    assert [len(rows) for rows in iid(5, 5, np.random.default_rng(0))] == [1] * 5
+    assert [len(rows) for rows in make_partition(pool(5), part(sites=5)).rows.values()] == [1] * 5
     with pytest.raises(ConfigError, match="6 sites cannot share 5 examples"):
-        iid(5, 6, np.random.default_rng(0))
+        make_partition(pool(5), part(sites=6))
 
 
 def test_site_names_sort_in_their_order() -> None:
@@ -60,10 +66,10 @@ def test_site_names_sort_in_their_order() -> None:
     assert sorted(site_names(100)) == site_names(100)
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "quantity", "shards", "labels"])
 def test_the_seed_alone_decides(kind: str) -> None:
     def hashed(**keys: Any) -> str:
-        return make_partition(pool(), part(partition=kind, **keys)).hash
+        return make_partition(pool(), part(partition=kind, classes=4, **keys)).hash
 
     np.random.seed(5)
     first = hashed(seed=3)
@@ -87,17 +93,24 @@ def test_pinned_hashes() -> None:
     hashes = {
         "iid": make_partition(pool(), part(partition="iid", sites=3, seed=0)).hash,
         "dirichlet": make_partition(pool(), part(partition="dirichlet", sites=3, alpha=0.3, seed=0)).hash,
+        "quantity": make_partition(pool(), part(partition="quantity", sites=3, alpha=0.3, seed=0)).hash,
+        "shards": make_partition(pool(), part(partition="shards", sites=5, seed=0)).hash,
+        "labels": make_partition(pool(), part(partition="labels", sites=5, seed=0)).hash,
     }
     assert hashes == {
         "iid": "dab167971a7442a4e94398449f67a1156aa426f899cfc3e05052b6409ea584c1",
         "dirichlet": "937d4cd432d801b769786ba75a9ef6b7d390dce6eedf4a8efcd11b345d02e0db",
+        "quantity": "bb7dae60c09ff898debd190021191bb8c28a5137de9d3ab855cf2ecfb770e21c",
+        "shards": "6790a550b0b5510508ce3cc624b586eeb0547aab564e587cd8e83785def982ec",
+        "labels": "7b0c76c4655a30168427d9bfc423024be4e1e51c6a4625973bf1c08dee4296a7",
     }
 
 
+@pytest.mark.parametrize("kind", ["dirichlet", "quantity"])
 @pytest.mark.parametrize("minimum", [1, 50, 250])
-def test_every_site_gets_the_minimum(minimum: int) -> None:
+def test_every_site_gets_the_minimum(kind: str, minimum: int) -> None:
     for seed in range(5):
-        keys = {"partition": "dirichlet", "alpha": 0.3, "sites": 3, "min_examples": minimum, "seed": seed}
+        keys = {"partition": kind, "alpha": 0.3, "sites": 3, "min_examples": minimum, "seed": seed}
         assert min(len(rows) for rows in make_partition(pool(), part(**keys)).rows.values()) >= minimum
 
 
@@ -108,9 +121,10 @@ def test_every_site_gets_the_minimum(minimum: int) -> None:
         {"sites": 5, "min_examples": 200, "alpha": 0.01},  # exactly what there is, which no draw gives
     ],
 )
-def test_an_impossible_minimum_is_refused(keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["dirichlet", "quantity"])
+def test_an_impossible_minimum_is_refused(kind: str, keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"gives every site {keys['min_examples']}.*min_examples"):
-        make_partition(pool(), part(partition="dirichlet", **keys))
+        make_partition(pool(), part(partition=kind, **keys))
 
 
 def shares(alpha: float, seed: int, sites: int = 10) -> np.ndarray:
@@ -135,6 +149,95 @@ def test_the_mean_share_is_even() -> None:
     """No site is favoured: over 40 draws of 10 classes, mean 1/3 with standard error below 0.02."""
     mean = np.mean([shares(0.5, seed, sites=3).mean(1) for seed in range(40)], axis=0)
     assert mean == pytest.approx(np.full(3, 1 / 3), abs=0.08)
+
+
+# ---- skewed sizes ----------------------------------------------------------------------------------------------------
+def sizes(**keys: Any) -> np.ndarray:
+    rows = make_partition(pool(10_000), part(partition="quantity", min_examples=1, **keys)).rows.values()
+    return np.array([len(held) for held in rows])
+
+
+def test_quantity_skews_the_sizes_as_alpha_says() -> None:
+    """For q ~ Dir(alpha) over K sites E[sum q_k^2] = (alpha + 1) / (K alpha + 1)."""
+    for alpha, tolerance in ((0.5, 0.07), (1000.0, 0.001)):
+        found = np.mean([((sizes(alpha=alpha, sites=10, seed=seed) / 10_000) ** 2).sum() for seed in range(10)])
+        assert found == pytest.approx((alpha + 1) / (10 * alpha + 1), abs=tolerance)
+
+
+def test_quantity_leaves_the_labels_even() -> None:
+    """Every site of n examples has each of 10 labels n / 10 times, give or take five standard deviations."""
+    store = pool(10_000)
+    for rows in make_partition(store, part(partition="quantity", sites=5, min_examples=100)).rows.values():
+        counts = np.bincount(store.y.numpy()[rows], minlength=10)
+        assert np.abs(counts - len(rows) / 10).max() < 5 * (0.09 * len(rows)) ** 0.5
+
+
+# ---- few labels at a site --------------------------------------------------------------------------------------------
+def held(store: Store, **keys: Any) -> list[np.ndarray]:
+    """Label counts of each site."""
+    return [np.bincount(store.y.numpy()[r], minlength=10) for r in make_partition(store, part(**keys)).rows.values()]
+
+
+def test_two_shards_of_one_label_each() -> None:
+    """1000 examples of 10 labels in 50 sites x 2 shards of ten: each shard has one label, each site one or two."""
+    found = held(pool(1000), partition="shards", sites=50, shards=2)
+    assert [int(counts.sum()) for counts in found] == [20] * 50
+    assert {tuple(sorted(counts[counts > 0])) for counts in found} == {(10, 10), (20,)}
+    assert sum(found).tolist() == [100] * 10  # type: ignore[arg-type]
+    assert len({tuple(np.flatnonzero(counts)) for counts in found}) > 10  # dealt, not in turn
+
+
+def test_shards_that_do_not_fit_differ_by_one() -> None:
+    """1003 examples in 21 shards are of 47 or 48; a site of 3 has 141 to 144, of six labels at most."""
+    found = held(pool(1003), partition="shards", sites=7, shards=3)
+    assert {int(counts.sum()) for counts in found} <= set(range(141, 145))
+    assert max(np.count_nonzero(counts) for counts in found) <= 6
+
+
+def test_a_shard_has_its_share_of_what_was_set_aside() -> None:
+    """The owner's own parts lie one behind the other; sorted by label alone, a shard would be of one part."""
+    parts = ["train"] * 600 + ["validation"] * 200 + ["test"] * 200
+    store = Store(
+        torch.zeros(1000, 1, 1, 1, dtype=torch.uint8), torch.arange(1000) % 10, [f"{i:05d}" for i in range(1000)],
+        DataPart(shape=(1, 1, 1)), parts=parts,
+    )  # fmt: skip
+    sites = SitePopulation(store, make_partition(store, part(partition="shards", sites=5, shards=2)))
+    assert all(min(found.values()) > 20 for found in sites.sizes().values())
+
+
+@pytest.mark.parametrize(("sites", "classes"), [(10, 2), (23, 3), (5, 2), (4, 3), (3, 10), (12, 1)])
+def test_every_site_holds_so_many_labels_and_every_label_is_held(sites: int, classes: int) -> None:
+    found = held(pool(), partition="labels", sites=sites, classes=classes)
+    assert [np.count_nonzero(counts) for counts in found] == [classes] * sites
+    assert sum(found).tolist() == [100] * 10  # type: ignore[arg-type]
+    for label in range(10):  # shared evenly by those that hold it
+        shared = [counts[label] for counts in found if counts[label]]
+        assert max(shared) - min(shared) <= 1
+    if sites >= 10:
+        assert all(counts[site % 10] for site, counts in enumerate(found))
+
+
+def test_a_label_with_fewer_examples_than_sites_is_named() -> None:
+    with pytest.raises(ConfigError, match="label 0 has 2 examples for 3 sites"):
+        make_partition(pool(20), part(partition="labels", sites=30, classes=1))
+
+
+def test_one_decorator_registers_a_split() -> None:
+    @partition("first-and-rest", "smallest")
+    def first_and_rest(pool: Pool, part: SimulationPart, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"first": np.array([0]), "rest": np.arange(1, len(pool))}
+
+    try:
+        found = make_partition(pool(6), part(partition="first-and-rest"))
+    finally:
+        del partitions._things["first-and-rest"]
+    assert found.kind == "first-and-rest(smallest=1)"
+    assert {name: rows.tolist() for name, rows in found.rows.items()} == {"first": [0], "rest": [1, 2, 3, 4, 5]}
+
+
+def test_an_unknown_split() -> None:
+    with pytest.raises(UnknownNameError, match=r"simulation.partition: unknown partition 'shard'.*'shards'"):
+        make_partition(pool(6), part(partition="shard"))
 
 
 # ---- by column -------------------------------------------------------------------------------------------------------
@@ -260,6 +363,20 @@ def test_what_is_pooled_has_a_shared_test_once() -> None:
     partition = make_partition(pool(), part(partition="iid", sites=4))
     own, shared = (SitePopulation(pool(), partition, test=test).pooled() for test in ("own", "shared"))
     assert all(torch.equal(getattr(own, name).rows, getattr(shared, name).rows) for name in PARTS)
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "quantity", "shards", "labels"])
+def test_what_belongs_together_stays_together(kind: str) -> None:
+    """100 series of 2 to 4 windows each, of one class: no split parts them."""
+    series = [f"{i:03d}" for i in range(100) for _ in range(2 + i % 3)]
+    store = Store(
+        torch.zeros(len(series), 1, 1, 1, dtype=torch.uint8), torch.tensor([int(name) % 10 for name in series]),
+        [f"{name}#{i}" for i, name in enumerate(series)], DataPart(shape=(1, 1, 1)), groups=series,
+    )  # fmt: skip
+    rows = make_partition(store, part(partition=kind, sites=5)).rows
+    assert np.array_equal(np.sort(np.concatenate(list(rows.values()))), np.arange(len(series)))
+    homes = [{series[row] for row in held} for held in rows.values()]
+    assert sum(map(len, homes)) == 100
 
 
 def test_alternatives_stay_together_and_are_tested_once() -> None:
