@@ -36,7 +36,8 @@ def demo(
 def simulate(job: JobFile, set: Set = None, out: Out = None, skip_bad: SkipBad = 0, as_json: Json = False) -> None:
     """Run one job as it stands, in this process, on simulated sites."""
     from shared_models.job import Job
-    from simulations.compare import count_rounds, load_sites, require_enough, run_one
+    from simulations.compare import load_sites, require_enough, run_one
+    from simulations.plan import count_rounds, plan
     from simulations.progress import progress
 
     resolved = Job.load(job, set or ())
@@ -45,7 +46,8 @@ def simulate(job: JobFile, set: Set = None, out: Out = None, skip_bad: SkipBad =
     if resolved.place == "federated":
         require_enough(resolved, sites)
     folder = _folder(out, resolved.name)
-    rounds = count_rounds(resolved, sites, [(resolved.place, resolved.time)], 1)
+    planned = plan(resolved, len(sites.names), [(resolved.place, resolved.time)], [resolved.seed])
+    rounds = count_rounds(resolved, sites, planned)
     with progress(rounds, quiet=as_json) as listen:
         comparison = run_one(resolved, sites, folder, typed(), listen)
     _leave(comparison, folder, as_json)
@@ -56,15 +58,23 @@ def compare(
     job: JobFile,
     place: Annotated[str, typer.Option(help="Places of learning, comma-separated.")] = "centralized,federated,isolated",
     time: Annotated[str, typer.Option(help="Times of learning, comma-separated: offline, continual.")] = "offline",
+    continual: Annotated[
+        str, typer.Option(help="Continual methods, comma-separated, e.g. finetune,er,der++.", show_default="the job's")
+    ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from the job's own.")] = 3,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side, each on one CPU core.")] = 1,
     set: Set = None,
     out: Out = None,
     skip_bad: SkipBad = 0,
     as_json: Json = False,
 ) -> None:
-    """Compare paradigms: same data, same split, same seeds, same budget."""
+    """Compare paradigms: same data, same split, same seeds, same budget.
+
+    A comparison that was stopped goes on where it was: name its folder with --out again.
+    """
     from shared_models.job import Job
-    from simulations.compare import as_paradigms, compare, count_rounds, load_sites, require_enough
+    from simulations.compare import compare, load_sites, require_enough
+    from simulations.plan import as_paradigms, count_rounds, plan
     from simulations.progress import progress
 
     resolved = Job.load(job, set or ())
@@ -74,14 +84,18 @@ def compare(
     _say(resolved, sites.store.skipped)
     if any(name == "federated" for name, _ in paradigms):
         require_enough(resolved, sites)
-    folder = _folder(out, f"{resolved.name}-compare")
-    with progress(count_rounds(resolved, sites, paradigms, seeds), quiet=as_json) as listen:
+    methods = [name.strip() for name in continual.split(",") if name.strip()]
+    planned = plan(resolved, len(sites.names), paradigms, chosen, methods)
+    folder = _folder(out, f"{resolved.name}-compare", resolved.hash)
+    with progress(count_rounds(resolved, sites, planned), quiet=as_json) as listen:
         comparison = compare(
             resolved,
             sites,
             paradigms=paradigms,
+            methods=methods,
             seeds=chosen,
             folder=folder,
+            processes=jobs,
             command=typed(),
             listen=listen,
         )
@@ -156,16 +170,24 @@ def _say(job: Job, skipped: Sequence[str]) -> None:
         typer.echo(str(match), err=True)
 
 
-def _folder(out: Path | None, name: str) -> Path:
+def _folder(out: Path | None, name: str, job: str = "") -> Path:
+    """The folder of a run, empty; or that of a comparison, which may hold the runs of a stopped one of the same job."""
     from shared_models.errors import ConfigError
+    from shared_models.files import write_whole
 
     path = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    begun = path / "job.sha256"
     hint = "Name another one with --out"
     try:
         path.mkdir(parents=True, exist_ok=True)
         empty = not any(path.iterdir())
+        known = begun.read_text(encoding="utf-8").strip() if job and begun.exists() else ""
+        if job and empty:
+            write_whole(begun, job + "\n")
     except OSError as error:
         raise ConfigError(f"the folder {path} cannot be made: {error.strerror}", hint=hint) from None
-    if not empty:
+    if known and known != job:
+        raise ConfigError(f"the folder {path} holds a comparison of another job or other settings", hint=hint)
+    if not empty and not known:
         raise ConfigError(f"the folder {path} is not empty", hint=hint)
     return path

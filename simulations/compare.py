@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -19,8 +19,7 @@ from client.workbench import Benches
 from server.outcome import Totals
 from shared_models.errors import ConfigError, FedzooError, RunError
 from shared_models.job import Job
-from shared_models.job_parts import PrivacyPart
-from shared_models.methods.base import make_method, overrides
+from shared_models.methods.base import make_pieces
 from shared_models.spec import build_model
 from shared_models.tasks.base import Target, make_task
 from simulations.measures import measures_of
@@ -29,17 +28,12 @@ from simulations.paradigms import paradigms as places
 from simulations.partition import SitePopulation, make_partition, same_sites
 from simulations.partitions.base import partitions
 from simulations.pictures import colours, pictures, with_truth
+from simulations.plan import OFFLINE, plan, variant, with_memory
 from simulations.quotes import quotes
 from simulations.results import Budget, Cell, Comparison, Guarantee, Partition, Place, Time
-
-PLACES: tuple[Place, ...] = ("centralized", "federated", "isolated")
-TIMES: tuple[Time, ...] = ("offline", "continual")
-OFFLINE: tuple[tuple[Place, Time], ...] = tuple((place, "offline") for place in PLACES)
+from simulations.runs import Listen, Run, side_by_side
 
 COUNTED: dict[Target, str] = {"mask": "images that show it", "boxes": "boxes"}  # else examples
-
-Listen = Callable[[str, int, dict[str, Any]], None]
-"""(cell name, seed, event) for every event of every run."""
 
 
 def read_pool(job: Job, base: Path, skip_bad: int = 0) -> Store:
@@ -75,42 +69,15 @@ def read_pool(job: Job, base: Path, skip_bad: int = 0) -> Store:
     return read(job.simulation.reader, base / os.path.expandvars(root), wanted)
 
 
-def variant(job: Job, place: Place, time: Time, seed: int) -> Job:
-    """The job of one cell. A single site aggregates nothing, so every method is plain local training there.
-
-    But one that solves instead of training (k-means, PCA) does so at a single site too. A job whose unit of privacy is
-    the site has none at a place without other sites; its table says so.
-    """
-    changes: dict[str, Any] = {"place": place, "time": time, "seed": seed}
-    if job.privacy.mode == "client" and place != "federated":  # no other site to be hidden among
-        changes["privacy"] = PrivacyPart().model_dump()
-    if place != "federated":  # a lone model has no other to be personal beside, and would be measured with half of it
-        changes |= _alone(job, {})
-        changes["stages"] = [
-            {**stage.model_dump(), **_alone(step, stage.changes)}
-            for stage, step in zip(job.stages, job.steps, strict=False)
-        ]
-    return job.replace(**changes)
-
-
-def _alone(step: Job, stage: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What changes in a job, or in the tables of a stage, where a single site carries it out."""
-    alone: dict[str, dict[str, Any]] = {"share": {"personal": []}, "federation": {"min_sites": 1}}
-    if not overrides(make_method(step), "answer"):
-        alone["method"] = {"name": "fedavg"}
-    if step.whole is step:
-        return alone
-    kept = {"share": stage.get("share", {}), "federation": stage.get("federation", {}), "method": {}}
-    return {table: {**kept[table], **keys} for table, keys in alone.items() if table in stage}
-
-
 def compare(
     job: Job,
     sites: SitePopulation,
     *,
     paradigms: Sequence[tuple[Place, Time]] = OFFLINE,
+    methods: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
     folder: Path | None = None,
+    processes: int = 1,
     command: str = "",
     title: str = "",
     demo: bool = False,
@@ -119,40 +86,42 @@ def compare(
     """Run every cell with every seed. A cell that fails is reported as failed, the others go on.
 
     Args:
-        job: place, time and seed of it are replaced by the cells'.
+        job: place, time, seed and continual method of it are replaced by the cells'.
         sites: the one split that all cells share.
         paradigms: (place, time) of each cell.
+        methods: continual methods, each a cell of its own at every place; by default the job's.
         seeds: of initialisation and order.
-        folder: receives one sub-folder for each run; None keeps nothing.
+        folder: receives one sub-folder for each run, in which a finished one is found again; None keeps nothing.
+        processes: how many runs are carried out side by side; more than one need a folder.
         command: how to repeat it, for the report.
         title: of the report.
         demo: whether the report says that it is a demonstration.
         listen: hears every event.
     """
-    benches = Benches()
+    planned, benches = plan(job, len(sites.names), paradigms, seeds, methods), Benches()
+    ahead = None
+    if processes > 1 and folder:
+        ahead = side_by_side([run for runs in planned for run in runs], sites, folder, processes, listen)
     cells, failures, drawn, said = [], [], [], []
-    for place, time in paradigms:
-        name = f"{place}, {time}"
+    for runs in planned:
         results: list[Result] = []
-        error = None
-        for seed in seeds:
+        error: FedzooError | None = None
+        for run in runs:
             try:
-                setting = Setting(
-                    variant(job, place, time, seed),
-                    sites,
-                    benches,
-                    run=f"{place}-{time}-{seed}",
-                    folder=folder / f"{place}-{time}-{seed}" if folder else None,
-                    listener=(lambda e, n=name, s=seed: listen(n, s, e)) if listen else None,  # type: ignore[misc]
-                )
-                results.append(_with_figures(places[place](setting), job))
+                found = next(ahead) if ahead else run.carry_out(sites, benches, folder, listen)
+                if isinstance(found, FedzooError):
+                    raise found
+                if error is None:
+                    results.append(_with_figures(found, job))
             except FedzooError as problem:
-                error = str(problem)
-                failures.append(problem)
-                break
-        cells.append(_cell(place, time, results, error))
+                error = error or problem
+                if ahead is None:
+                    break
+        if error is not None:
+            failures.append(error)
+        cells.append(_cell(runs[0], results, None if error is None else str(error), len(sites.names)))
         if results and error is None:
-            shown = (variant(job, place, time, seeds[0]).steps[-1], sites, results[0], cells[-1].name)
+            shown = (runs[0].job.steps[-1], sites, results[0], cells[-1].name)
             drawn += pictures(*shown)
             said += quotes(*shown)
     if len(failures) == len(cells):
@@ -172,12 +141,12 @@ def compare(
 
 def run_one(job: Job, sites: SitePopulation, folder: Path, command: str, listen: Listen | None = None) -> Comparison:
     """One job as it stands, its traces in `folder` itself: the comparison of a single cell with itself."""
-    name = f"{job.place}, {job.time}"
-    listener = (lambda event: listen(name, job.seed, event)) if listen else None
     alone = job if job.place == "federated" else variant(job, job.place, job.time, job.seed)
-    setting = Setting(alone, sites, Benches(), run=folder.name, folder=folder, listener=listener)
+    run = Run(with_memory(alone, len(sites.names)))
+    listener = (lambda event: listen(run.cell, job.seed, event)) if listen else None
+    setting = Setting(run.job, sites, Benches(), run=folder.name, folder=folder, listener=listener)
     result = _with_figures(places[job.place](setting), job)
-    cell = _cell(job.place, job.time, [result], None)
+    cell = _cell(run, [result], None, len(sites.names))
     return Comparison(
         **_facts(job, sites),
         title=job.name,
@@ -283,16 +252,18 @@ def _cpu_name() -> str:
     return f"{len(names)} x {names[0]}" if names else platform.machine()
 
 
-def _cell(place: Place, time: Time, results: Sequence[Result], error: str | None) -> Cell:
+def _cell(run: Run, results: Sequence[Result], error: str | None, sites: int) -> Cell:
+    which: dict[str, Any] = {"place": run.job.place, "time": run.job.time, "method": run.method}
     if error is not None:
-        return Cell(place=place, time=time, error=error)
+        return Cell(**which, error=error)
+    kept = make_pieces(run.job)[-1].settings.model_dump().get("buffer", 0) if run.method else 0
     first = results[0]
     totals: Totals = first.totals
     counted = {k: v for k, v in asdict(totals).items() if k not in ("seconds", "rejections")}
     matrices = [[list(row) for row in r.matrix] for r in results if r.matrix]
     return Cell(
-        place=place,
-        time=time,
+        **which,
+        buffer=kept * (1 if run.job.place == "centralized" else sites),
         all_sites=[r.all_sites for r in results],
         own_site=[r.own_site for r in results],
         per_site={site: [r.per_site[site] for r in results] for site in first.per_site},
@@ -300,6 +271,8 @@ def _cell(place: Place, time: Time, results: Sequence[Result], error: str | None
         metrics={name: [_number(r.metrics[name]) for r in results] for name in first.metrics if name != "examples"},
         curves=[[_plain(row) for row in r.curve] for r in results],
         matrix=matrices or None,
+        known=[[list(row) for row in r.known] for r in results if r.known] or None,
+        untrained=[list(r.untrained) for r in results if r.untrained] or None,
         budget=Budget(**counted),
         seconds=[r.totals.seconds for r in results],
         rejections=sum(r.totals.rejections for r in results),
@@ -342,25 +315,3 @@ def partition_of(job: Job, sites: SitePopulation) -> Partition:
         sizes=sites.sizes(),
         counted=COUNTED.get(make_task(job.steps[-1]).target, "examples"),
     )
-
-
-def as_paradigms(places_text: str, times_text: str) -> list[tuple[Place, Time]]:
-    """`federated,isolated` and `offline,continual` -> every pair, offline first; raises ConfigError."""
-    chosen = cast(list[Place], _choices(places_text, PLACES, "place"))
-    return [(place, time) for time in cast(list[Time], _choices(times_text, TIMES, "time")) for place in chosen]
-
-
-def _choices(text: str, known: Sequence[str], what: str) -> list[str]:
-    from shared_models.registry import nearest
-
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"unknown {what} '{name}'", hint=nearest(name, list(known)))
-    return list(dict.fromkeys(names)) or list(known)
-
-
-def count_rounds(job: Job, sites: SitePopulation, paradigms: Sequence[tuple[Place, Time]], seeds: int) -> int:
-    """Rounds that `compare` will make: an isolated cell makes its own at every site."""
-    runs = sum(len(sites.names) if place == "isolated" else 1 for place, _ in paradigms)
-    return sum(step.federation.rounds for step in job.steps) * runs * seeds

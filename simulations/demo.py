@@ -29,8 +29,9 @@ from shared_models.errors import ConfigError, DeploymentError
 from shared_models.job import Job
 from shared_models.process import Child, free_port
 from simulations import report, results
-from simulations.compare import OFFLINE, compare, count_rounds, load_sites
+from simulations.compare import compare, load_sites
 from simulations.partition import SitePopulation
+from simulations.plan import OFFLINE, count_rounds, plan
 from simulations.progress import progress
 from simulations.results import Place, Time
 from simulations.statistics import verdicts
@@ -70,7 +71,7 @@ def run(folder: Path) -> None:
     console.print(
         "A centralized baseline exists only because this is a demo: here one machine holds all three folders."
     )
-    with progress(count_rounds(job, sites, PARADIGMS, len(SEEDS))) as listen:
+    with progress(count_rounds(job, sites, plan(job, len(sites.names), PARADIGMS, SEEDS))) as listen:
         comparison = compare(
             job,
             sites,

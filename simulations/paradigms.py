@@ -53,6 +53,8 @@ class Result:
             each of them counting alike (isolated: mean over the sites' models).
         curve: validation, one row a round (isolated: mean over the sites' curves).
         matrix: R[t][i] of a stream, else None.
+        known: the same with the task known, where tasks are sets of classes; else None.
+        untrained: the metric on each task before any training; None without a stream.
         models: name -> final weights; one entry, or one per isolated site.
         statistics: name -> mean and std that were measured at the sites, as for `models`; empty without.
         privacy: what was spent (`Outcome.privacy`); empty without privacy.
@@ -65,6 +67,8 @@ class Result:
     metrics: Mapping[str, float]
     curve: Sequence[Mapping[str, float]]
     matrix: Sequence[Sequence[float]] | None
+    known: Sequence[Sequence[float]] | None
+    untrained: Sequence[float] | None
     totals: Totals
     fingerprint: str
     models: Mapping[str, Mapping[str, Any]]
@@ -201,6 +205,8 @@ def isolated(setting: Setting) -> Result:
         metrics={name: _mean(_metrics(setting, o)[name] for o in every) for name in _metrics(setting, every[0])},
         curve=_mean_curve([o.curve for o in every]),
         matrix=_mean_matrix([o.matrix for o in every]),
+        known=_mean_matrix([o.known for o in every]),
+        untrained=[_mean(values) for values in zip(*(o.untrained for o in every), strict=True)] or None,
         totals=_add([o.totals for o in every]),
         fingerprint=every[0].fingerprint,
         models={name: o.model for name, o in outcomes.items()},
@@ -220,6 +226,8 @@ def _one_model(setting: Setting, outcome: Outcome, totals: Totals) -> Result:
         metrics=_metrics(setting, outcome),
         curve=outcome.curve,
         matrix=outcome.matrix or None,
+        known=outcome.known or None,
+        untrained=outcome.untrained or None,
         totals=totals,
         fingerprint=outcome.fingerprint,
         models={"model": outcome.model},

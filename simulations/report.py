@@ -19,7 +19,7 @@ from shared_models.privacy import bound
 from simulations import charts, pages
 from simulations.measures import PERCENT, Measure, words
 from simulations.results import Cell, Comparison, parse
-from simulations.statistics import backward_transfer, final_average, forgetting, summarize, verdicts
+from simulations.statistics import backward_transfer, final_average, forgetting, forward_transfer, summarize, verdicts
 
 Given = Comparison | Mapping[str, Any]
 NOTHING = "–"
@@ -326,10 +326,20 @@ def _matrices(c: Comparison, done: Sequence[Cell]) -> list[dict[str, Any]]:
             "average": spread([final_average(r) for r in cell.matrix], m),
             "forgetting": spread([forgetting(r, m.larger) for r in cell.matrix], m),
             "transfer": spread([backward_transfer(r, m.larger) for r in cell.matrix], m),
+            "forward": _forward(cell, m),
+            "known": spread([final_average(r) for r in cell.known], m) if cell.known else "",
+            "buffer": cell.buffer,
         }
         for cell in done
         if cell.matrix
     ]
+
+
+def _forward(cell: Cell, m: Measure) -> str:
+    if not cell.matrix or not cell.untrained:
+        return ""
+    pairs = zip(cell.matrix, cell.untrained, strict=True)
+    return spread([forward_transfer(r, before, m.larger) for r, before in pairs], m)
 
 
 def _partition(c: Comparison) -> dict[str, Any]:

@@ -107,8 +107,13 @@ class Guarantee(_Frozen):
         return max(values) if values and len(values) == len(self.epsilon) else None
 
 
+def paradigm_name(place: str, time: str, method: str = "") -> str:
+    """In words, e.g. `federated, offline` or `federated, continual (der++)`; plain fine-tuning is not named."""
+    return f"{place}, {time}" + (f" ({method})" if time == "continual" and method not in ("", "finetune") else "")
+
+
 class Cell(_Frozen):
-    """One paradigm (place x time) over all seeds.
+    """One paradigm (place x time, and the continual method) over all seeds.
 
     Attributes:
         error: why the cell failed; its figures are then ignored.
@@ -118,7 +123,11 @@ class Cell(_Frozen):
         per_site_all: site -> the metric of that site's model on the tests of all sites, one a seed.
         metrics: every metric of the task on all sites' tests, one a seed; None where it is not defined.
         curves: one list a seed of `{"round", "loss", <metric>}`, measured on validation data.
+        method: the continual method, where the cell is continual.
+        buffer: examples that all sites together keep of the past; 0 where the method keeps none.
         matrix: one a seed: `R[t][i]`, the metric on task i after task t, T x T; None where there is one task.
+        known: the same where the model is told the task (task-incremental); None where a task is no set of classes.
+        untrained: one a seed: the metric on each task before any training; None where there is one task.
         budget: the same for every seed.
         seconds: wall-clock time, one a seed.
         rejections: contributions refused, summed over seeds.
@@ -127,6 +136,8 @@ class Cell(_Frozen):
 
     place: Place
     time: Time
+    method: str = ""
+    buffer: int = 0
     error: str | None = None
     all_sites: PerSeed = []
     own_site: PerSeed = []
@@ -135,6 +146,8 @@ class Cell(_Frozen):
     metrics: dict[str, list[float | None]] = {}
     curves: list[list[dict[str, float | None]]] = []
     matrix: list[list[list[FiniteFloat]]] | None = None
+    known: list[list[list[FiniteFloat]]] | None = None
+    untrained: list[list[FiniteFloat]] | None = None
     budget: Budget = Budget()
     seconds: list[float] = []
     rejections: int = 0
@@ -142,8 +155,8 @@ class Cell(_Frozen):
 
     @property
     def name(self) -> str:
-        """The paradigm in words, e.g. `federated, offline`."""
-        return f"{self.place}, {self.time}"
+        """The paradigm in words, e.g. `federated, offline` or `federated, continual (der++)`."""
+        return paradigm_name(self.place, self.time, self.method)
 
 
 class Comparison(_Frozen):
@@ -208,9 +221,15 @@ class Comparison(_Frozen):
         """How the headline is shown."""
         return self.measure(self.metric)
 
-    def cell(self, place: Place, time: Time) -> Cell | None:
-        """The cell of that paradigm, or None where it was not run or failed."""
-        return next((c for c in self.cells if (c.place, c.time) == (place, time) and c.error is None), None)
+    def cell(self, place: Place, time: Time, method: str | None = None) -> Cell | None:
+        """The first cell of that paradigm (with that continual method), or None where it was not run or failed."""
+        found = (c for c in self.cells if (c.place, c.time) == (place, time) and method in (None, c.method))
+        return next((c for c in found if c.error is None), None)
+
+    @property
+    def methods(self) -> list[str]:
+        """The continual methods of its cells, in order."""
+        return list(dict.fromkeys(c.method for c in self.cells if c.time == "continual"))
 
 
 def parse(raw: Comparison | Mapping[str, Any], where: str = "the comparison") -> Comparison:
@@ -299,7 +318,10 @@ def _of_result(result: Mapping[str, Any], job: Job, folder: Path) -> Comparison:
         per_site_all={site: [everywhere] for site in per_site},
         metrics={name: [result["all_sites"].get(name)] for name in task.metrics},
         curves=[result["curve"]],
+        method=job.continual.name if job.time == "continual" else "",
         matrix=[result["matrix"]] if result["matrix"] else None,
+        known=[result["known"]] if result.get("known") else None,
+        untrained=[result["untrained"]] if result.get("untrained") else None,
         budget=Budget(**{k: v for k, v in totals.items() if k in Budget.model_fields}),
         seconds=[totals["seconds"]],
         rejections=totals["rejections"],

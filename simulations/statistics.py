@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, cast
 
 from scipy.stats import t as student
 
@@ -19,6 +19,7 @@ from simulations.results import Cell, Comparison, Place, Time, parse
 
 Matrix = Sequence[Sequence[float]]
 LEVEL = 0.95
+PLACES: tuple[Place, ...] = ("centralized", "isolated", "federated")
 
 
 @dataclass(frozen=True)
@@ -83,32 +84,50 @@ def backward_transfer(r: Matrix, larger: bool = True) -> float:
     return fmean([sign * (r[-1][i] - r[i][i]) for i in range(len(r) - 1)] or [0.0])
 
 
+def forward_transfer(r: Matrix, untrained: Sequence[float], larger: bool = True) -> float:
+    """`FWT = mean_{i>1}(R[i-1,i] - b_i)`: what earlier tasks taught of one not yet seen (R: T x T; 0 where T = 1).
+
+    `untrained` is b, the metric before any training, (T,). The sign is turned where a smaller value is better.
+
+    Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning" (2017), equation 4.
+    """
+    sign = 1 if larger else -1
+    return fmean([sign * (r[i - 1][i] - untrained[i]) for i in range(1, len(r))] or [0.0])
+
+
 def verdicts(comparison: Comparison | Mapping[str, Any]) -> list[str]:
     """Plain sentences that claim no more than the 95 % intervals over seeds do.
 
-    For each time: federated against isolated (all tests, own tests) and against centralized; what each continual cell
-    forgot; continual against offline; then what went wrong. Where a smaller value is better they say so.
+    For each time and continual method: federated against isolated (all tests, own tests) and against centralized; what
+    each continual cell forgot; each method against fine-tuning; continual against offline; then what went wrong. Where
+    a smaller value is better they say so.
     """
     c = parse(comparison)
     said: list[str] = []
-    times: tuple[Time, ...] = ("offline", "continual")
-    for time in times:
-        centralized, isolated, federated = (c.cell(p, time) for p in ("centralized", "isolated", "federated"))
-        prefix = f"{time.capitalize()}: "
+    for time, method in [("offline", ""), *(("continual", method) for method in c.methods)]:
+        centralized, isolated, federated = (
+            c.cell(p, cast(Time, time), method if time == "continual" else None)
+            for p in ("centralized", "isolated", "federated")
+        )
+        prefix = f"{time.capitalize()}{f' ({method})' if len(c.methods) > 1 and method else ''}: "
         if federated and isolated:
             said += [prefix + _against(c, federated, isolated, own) for own in (False, True)]
         if federated and centralized:
             said.append(prefix + _against(c, federated, centralized))
         if centralized and isolated and not federated:
             said.append(prefix + _against(c, centralized, isolated))
-    places: tuple[Place, ...] = ("centralized", "isolated", "federated")
-    for place in places:
-        continual = c.cell(place, "continual")
-        if continual and continual.matrix:
-            said.append(f"{place.capitalize()}: {_forgot(c, continual.matrix)}")
-    offline, continual = c.cell("federated", "offline"), c.cell("federated", "continual")
-    if offline and continual:
-        said.append("Federated: " + _against(c, continual, offline))
+    for cell in c.cells:
+        if cell.time == "continual" and cell.matrix:
+            said.append(f"{_of(c, cell).capitalize()}: {_forgot(c, cell.matrix)}")
+    for place in PLACES:
+        plain = c.cell(place, "continual", "finetune")
+        for cell in c.cells:
+            if plain and cell.place == place and cell.time == "continual" and cell is not plain and cell.error is None:
+                said.append(f"{place.capitalize()}, continual: " + _against(c, cell, plain))
+    offline = c.cell("federated", "offline")
+    for cell in c.cells:
+        if offline and (cell.place, cell.time) == ("federated", "continual") and cell.error is None:
+            said.append("Federated: " + _against(c, cell, offline))
     for cell in c.cells:
         if cell.error is not None:
             said.append(f"{cell.name.capitalize()}: failed, so nothing is claimed about it ({cell.error}).")
@@ -120,7 +139,13 @@ def verdicts(comparison: Comparison | Mapping[str, Any]) -> list[str]:
 
 def _against(c: Comparison, a: Cell, b: Cell, own: bool = False) -> str:
     """One sentence on the paired difference a - b."""
-    left, right = (a.place, b.place) if a.place != b.place else (a.time, b.time)
+    left, right = str(a.place), str(b.place)
+    if a.place == b.place:
+        left, right = a.time, b.time
+    if a.place == b.place and a.time == b.time:
+        left, right = a.method, b.method
+    elif a.place == b.place and len(c.methods) > 1:
+        left = f"{left} ({a.method})"
     where = "the sites' own tests" if own else "all sites' tests"
     d = paired(a.own_site, b.own_site) if own else paired(a.all_sites, b.all_sites)
     measure, unit = c.headline, c.headline.step(c.metric)
@@ -147,6 +172,11 @@ def _against(c: Comparison, a: Cell, b: Cell, own: bool = False) -> str:
         f"{left} is {side} {right} on {where} by {measure.figure(abs(d.mean))} {unit} "
         f"({_interval(measure, low, high)}, {d.n} seeds){measure.judged(d.mean)}.{unequal}"
     )
+
+
+def _of(c: Comparison, cell: Cell) -> str:
+    """The place, and the method where there are several."""
+    return f"{cell.place} ({cell.method})" if len(c.methods) > 1 else cell.place
 
 
 def _forgot(c: Comparison, matrices: Sequence[Matrix]) -> str:

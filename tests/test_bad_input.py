@@ -130,7 +130,7 @@ def an_invite(address: str, seconds: float = 3600) -> str:
         ("model={name='vit', size='tny'}", ("[model]", "'vit' has no size 'tny'", "known: b16")),
         ("model={name='vit', layer=2}", ("[model]", "unknown key 'layer'", "did you mean 'layers'")),
         ("method.name=fedavgg", ("[method]", "unknown method 'fedavgg'", "did you mean 'fedavg'")),
-        ("continual.name=fintune", ("[continual]", "unknown method 'fintune'", "did you mean 'finetune'?")),
+        ("continual.name=fintune", ("[continual]", "unknown method 'fintune'", "did you mean 'finetune'")),
         ("task.name=clasification", ("[task]", "unknown task 'clasification'", "did you mean 'classification'")),
         ("train.momentun=0.1", ("unknown key 'train.momentun'", "did you mean 'momentum'?")),
         ("trian.lr=0.1", ("unknown key 'trian'", "did you mean 'train'")),

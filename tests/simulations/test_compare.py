@@ -13,19 +13,10 @@ from client.workbench import Benches
 from shared_models.errors import CompatibilityError, ConfigError, DeploymentError, UnknownNameError
 from shared_models.job import Job
 from simulations import results
-from simulations.compare import (
-    PLACES,
-    TIMES,
-    as_paradigms,
-    compare,
-    count_rounds,
-    load_sites,
-    read_pool,
-    run_one,
-    variant,
-)
+from simulations.compare import compare, load_sites, read_pool, run_one
 from simulations.paradigms import Setting, paradigms
 from simulations.partition import SitePopulation
+from simulations.plan import PLACES, TIMES, as_paradigms, count_rounds, plan, variant
 
 Maker = Callable[..., Job]
 EVERY = [(place, time) for time in TIMES for place in PLACES]
@@ -99,7 +90,7 @@ def test_compare_runs_every_cell_and_leaves_its_traces(job: Job, sites: SitePopu
     assert all((cell.matrix is not None) == (cell.time == "continual") for cell in comparison.cells)
     assert comparison.partition.hash == sites.partition.hash
     rounds = sum(1 for _, _, event in heard if event["event"] == "round")
-    assert rounds == count_rounds(job, sites, EVERY, 2)
+    assert rounds == count_rounds(job, sites, plan(job, 3, EVERY, (0, 1)))
     assert Job.load(tmp_path / "federated-offline-1" / "job.toml").seed == 1
     again = compare(job, sites, paradigms=[("federated", "offline")], seeds=(0, 1))
     assert again.cells[0].all_sites == comparison.cells[1].all_sites

@@ -14,7 +14,8 @@ import fedzoo
 from shared_models.errors import ConfigError
 from shared_models.job import Job
 from shared_models.privacy import epsilon
-from simulations.compare import compare, load_sites, run_one, variant
+from simulations.compare import compare, load_sites, run_one
+from simulations.plan import variant
 from simulations.privacy_cost import cost
 from simulations.report import as_markdown, guarantees, headers, write
 from simulations.results import Comparison, load, save

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from shared_models.job import Job
-from simulations.compare import OFFLINE, compare, load_sites
+from simulations.compare import compare, load_sites
+from simulations.plan import OFFLINE
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "brain-mri.toml"
 
