@@ -2,9 +2,9 @@
 
     python benchmarks/prepare_data.py <folder that holds the data sets> <folder for the files>
 
-AG News gets a header, Multi30k's files the names of their parts, CIFAR-10 becomes one archive of a subset and MNIST
-one whose validation part is the end of its training images; of Shakespeare, what all say but the ten roles that speak
-most stands apart.
+AG News gets a header, Multi30k's files the names of their parts, CIFAR-10 becomes one archive of a subset and one of
+all, MNIST one whose validation part is the end of its training images; of Shakespeare, what all say but the ten roles
+that speak most stands apart.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 CIFAR = {"train": (4000, "train", 0), "val": (1000, "train", 4000), "test": (2000, "test", 0)}  # images, file, first
+WHOLE = {"train": (49_000, "train", 0), "val": (1000, "train", 49_000), "test": (10_000, "test", 0)}
 ROLES = 10  # those of examples/shakespeare.toml
 MULTI30K = {"train": ("train", 6000), "val": ("val", 500), "test": ("test_2016_flickr", 500)}
 
@@ -42,17 +43,17 @@ def multi30k(source: Path, target: Path) -> None:
             (target / "multi30k" / f"{part}.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def cifar10(source: Path, target: Path) -> None:
-    """`cifar10.npz`, as MedMNIST names its arrays."""
+def cifar10(source: Path, target: Path, parts: dict[str, tuple[int, str, int]]) -> None:
+    """An archive of these parts, as MedMNIST names its arrays."""
     arrays = {}
-    for part, (count, name, first) in CIFAR.items():
+    for part, (count, name, first) in parts.items():
         labels = np.load(source / f"{name}_labels.npy")
         files = sorted(source.glob(f"{name}_[0-9]*.webp"))[first // 1000 : (first + count) // 1000]
         sheets = [np.asarray(Image.open(file).convert("RGB")) for file in files]
         tiles = [s.reshape(40, 32, 25, 32, 3).transpose(0, 2, 1, 3, 4).reshape(1000, 32, 32, 3) for s in sheets]
         arrays[f"{part}_images"] = np.concatenate(tiles)
         arrays[f"{part}_labels"] = labels[first : first + count]
-    np.savez_compressed(target / "cifar10.npz", **arrays)
+    np.savez_compressed(target, **arrays)
 
 
 def mnist(source: Path, target: Path) -> None:
@@ -81,6 +82,7 @@ if __name__ == "__main__":
     goal.mkdir(parents=True, exist_ok=True)
     ag_news(origin / "ag_news_test", goal)
     multi30k(origin / "multi30k", goal)
-    cifar10(origin / "cifar10", goal)
+    cifar10(origin / "cifar10", goal / "cifar10.npz", CIFAR)
+    cifar10(origin / "cifar10", goal / "cifar10_whole.npz", WHOLE)
     mnist(origin / "mnist", goal)
     shakespeare(origin / "tinyshakespeare", goal)

@@ -78,10 +78,12 @@ class Convolutions(nn.Module):
     """Stages of a 3x3 convolution, GroupNorm, ReLU and 2x2 max pooling; the first convolution has stride 2.
 
     The point is made of the mean of every channel of every stage over each quarter of the image: of what is where in
-    colours, in edges and in what is made of these. (B, C, H, W) -> (B, E).
+    edges and in what is made of these; and of colours, pixel by pixel, which the stages' norms take out.
+    (B, C, H, W) -> (B, E).
 
     Args:
         channels: of each convolution.
+        colours: half-spaces of colour (a 1x1 convolution and ReLU), whose means are a soft histogram; 0: none.
         norm: of the means: over those of one image (`layer`), or each over the images of a batch (`batch`).
         dropout: of the normalised means.
         shape: of an image, (C, H, W).
@@ -89,20 +91,28 @@ class Convolutions(nn.Module):
     """
 
     def __init__(
-        self, channels: Sequence[int], norm: Literal["layer", "batch"], dropout: float, shape: Shape, outputs: int
+        self,
+        channels: Sequence[int],
+        colours: int,
+        norm: Literal["layer", "batch"],
+        dropout: float,
+        shape: Shape,
+        outputs: int,
     ) -> None:
         super().__init__()
+        self.colours = nn.Conv2d(shape[0], colours, 1) if colours else None
         self.stages = nn.ModuleList()
         for i, (before, after) in enumerate(pairwise((shape[0], *channels))):
             convolution = nn.Conv2d(before, after, 3, stride=1 if i else 2, padding=1)
             self.stages.append(nn.Sequential(convolution, norm_layer("group", after), nn.ReLU(), nn.MaxPool2d(2)))
-        self.norm = BatchNorm(4 * sum(channels)) if norm == "batch" else nn.LayerNorm(4 * sum(channels))
+        found = 4 * (colours + sum(channels))
+        self.norm = BatchNorm(found) if norm == "batch" else nn.LayerNorm(found)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(4 * sum(channels), outputs)
+        self.head = nn.Linear(found, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """One point an image."""
-        means = []
+        means = [] if self.colours is None else [quarters(F.relu(self.colours(x)))]
         for stage in self.stages:
             x = stage(x)
             means.append(quarters(x))

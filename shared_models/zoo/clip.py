@@ -50,6 +50,7 @@ class CLIPSettings(ModelSettings):
         width: numbers per token, a multiple of `heads`.
         heads: attention heads.
         channels: of each convolution; a 2x2 max pooling follows each.
+        colours: what is seen of single pixels beside what the convolutions see (`shared_models.towers.Convolutions`).
         norm: of what the convolutions found, before the last layer: over all of one image (`layer`), or of each number
             over the images of a batch (`batch`), which brings out in what images differ.
         dropout: of what the convolutions found, before the last layer.
@@ -68,6 +69,7 @@ class CLIPSettings(ModelSettings):
     width: PositiveInt
     heads: PositiveInt
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    colours: int = Field(0, ge=0)
     norm: Literal["layer", "batch"] = "layer"
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     text: Literal["transformer", "bag"]
@@ -96,7 +98,9 @@ class CLIP(ImageText):
             block = _block(settings.width, settings.heads)
             self.vision: nn.Module = VisionTransformer(block, settings.layers, settings.patch, tuple(image), outputs)
         else:
-            self.vision = Convolutions(settings.channels, settings.norm, settings.dropout, tuple(image), outputs)
+            self.vision = Convolutions(
+                settings.channels, settings.colours, settings.norm, settings.dropout, tuple(image), outputs
+            )
         if settings.text == "transformer":
             block = _block(settings.text_width, settings.text_heads)
             self.language: nn.Module = TextTransformer(block, settings.text_layers, length, vocabulary, outputs)

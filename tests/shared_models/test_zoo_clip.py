@@ -21,7 +21,7 @@ from shared_models.messages import Budget, Instruction
 from shared_models.models import configure
 from shared_models.tasks.base import Batch, make_task
 from shared_models.tokens import BEGIN, END, PAD, TEXT, Bytes
-from shared_models.towers import Bag, BatchNorm, quarters
+from shared_models.towers import Bag, BatchNorm, Convolutions, quarters
 from shared_models.weights import load_weights
 from shared_models.zoo.clip import RENAMES, convert
 
@@ -266,3 +266,17 @@ def test_sixteen_pairs_are_learned_by_heart(kind: dict[str, Any]) -> None:
     assert before["recall_at_1"] < 0.3
     assert after["recall_at_1"] == after["recall_at_1_text"] == after["percentile"] == 1.0
     assert after["loss"] < 0.1 * before["loss"]
+
+
+def test_colours_are_seen_wherever_in_a_quarter_they_are() -> None:
+    """Pixels that change places within their quarter leave the soft histogram as it is, and the convolutions not."""
+    tower = Convolutions((8,), 5, "layer", 0.0, (3, 8, 8), 2)
+    assert tower.head.in_features == 4 * (5 + 8)
+    x = torch.randn(1, 3, 8, 8)
+    moved = x.clone()
+    moved[:, :, :4, :4] = x[:, :, :4, :4].flip(2, 3)
+    found = []
+    tower.norm.register_forward_hook(lambda module, given, out: found.append(given[0]))
+    tower(x), tower(moved)
+    torch.testing.assert_close(found[0][:, :20], found[1][:, :20])
+    assert not torch.allclose(found[0][:, 20:], found[1][:, 20:])

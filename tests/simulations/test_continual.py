@@ -1,0 +1,143 @@
+"""Comparisons over time: what methods keep, what each must reach on digits, and how a comparison goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shared_models.errors import UnknownNameError
+from shared_models.job import Job
+from simulations import report, results
+from simulations.compare import compare, load_sites
+from simulations.partition import SitePopulation
+from simulations.plan import plan
+from simulations.statistics import final_average, forgetting, forward_transfer, verdicts
+
+PAIRS = [("centralized", "continual"), ("federated", "continual")]
+
+
+@pytest.fixture
+def job(make_job: Callable[..., Job]) -> Job:
+    return make_job(
+        model={"name": "cnn"}, train={"lr": 0.05, "momentum": 0.9, "batch_size": 32}, federation={"rounds": 15},
+        stream={"tasks": 5}, continual={"name": "er", "buffer": 60}, simulation={"partition": "iid", "sites": 2},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def sites(job: Job) -> SitePopulation:
+    return load_sites(job, Path())
+
+
+def test_methods_keep_equally_much_in_all(job: Job) -> None:
+    cells = plan(job, 2, [("centralized", "offline"), *PAIRS], (0, 1), ["finetune", "er", "der++", "ewc"])
+    assert [len(runs) for runs in cells] == [2] * 9
+    names = [runs[0].cell for runs in cells]
+    assert names[:3] == ["centralized, offline", "centralized, continual", "centralized, continual (er)"]
+    kept = {runs[0].cell: runs[0].job.continual.keys.get("buffer") for runs in cells}
+    assert kept["centralized, continual (der++)"] == 120
+    assert kept["federated, continual (der++)"] == 60
+    assert kept["federated, continual (ewc)"] is None
+    assert len({run.name for runs in cells for run in runs}) == 18
+    with pytest.raises(UnknownNameError, match="unknown method 'err'"):
+        plan(job, 2, PAIRS, (0,), ["err"])
+
+
+def test_replay_remembers_what_fine_tuning_forgets(job: Job, sites: SitePopulation, tmp_path: Path) -> None:
+    """And the page says so, with what was kept and with the task known."""
+    methods = ["finetune", "er", "der++"]
+    found = compare(job, sites, paradigms=PAIRS, methods=methods, seeds=(0, 1), folder=tmp_path)
+    assert found.methods == methods
+    for place in ("centralized", "federated"):
+        plain, er, dark = (found.cell(place, "continual", m) for m in methods)  # type: ignore[arg-type]
+        assert None not in (plain, er, dark)
+        assert all(max(r[-1][:-1]) < 0.1 for r in plain.matrix)
+        assert all(r[-1][-1] > 0.7 for r in plain.matrix)  # the last task alone
+        assert all(forgetting(r) > 0.6 for r in plain.matrix)
+        assert min(er.all_sites) > 0.7
+        assert min(dark.all_sites) > 0.7
+        assert all(final_average(k) > final_average(r) for k, r in zip(er.known, er.matrix, strict=True))
+        assert all(r[t][i] < 0.2 for r in er.matrix for t in range(4) for i in range(t + 1, 5))  # not yet seen
+        assert (plain.buffer, er.buffer, dark.buffer) == (0, 120, 120)
+        assert abs(plain.budget.samples - er.budget.samples) == 0
+    said = " ".join(verdicts(found))
+    assert "Federated, continual: er is above finetune on all sites' tests" in said
+    assert "Centralized (finetune): continual training forgets" in said
+    page = report.render(found)
+    assert "120 examples kept in all" in page
+    assert "forward transfer" in page
+    assert results.parse(json.loads(found.model_dump_json())) == found
+
+
+def test_forward_transfer_by_hand() -> None:
+    r = [[0.9, 0.3, 0.1], [0.5, 0.9, 0.5], [0.4, 0.6, 0.8]]
+    assert forward_transfer(r, [0.1, 0.1, 0.2]) == pytest.approx(((0.3 - 0.1) + (0.5 - 0.2)) / 2)
+    assert forward_transfer(r, [0.1, 0.1, 0.2], larger=False) == pytest.approx(-0.25)
+    assert forward_transfer([[0.5]], [0.1]) == 0
+
+
+def _spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    from simulations import runs
+
+    carried: list[str] = []
+    real = runs.places["federated"]
+    monkeypatch.setitem(runs.places._things, "federated", lambda s: carried.append(s.run) or real(s))
+    return carried
+
+
+def test_a_stopped_comparison_goes_on_and_ends_with_the_same_table(
+    job: Job, sites: SitePopulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried = _spied(monkeypatch)
+    short = job.replace(federation={"rounds": 5})
+    asked = {"paradigms": PAIRS[1:], "methods": ["finetune", "er"], "seeds": (0, 1)}
+    whole = compare(short, sites, folder=tmp_path / "whole", **asked)  # type: ignore[arg-type]
+    assert len(carried) == 4
+    carried.clear()
+
+    class KilledError(Exception):
+        pass
+
+    def kill(cell: str, seed: int, event: dict) -> None:
+        if (cell, seed, event["event"], event.get("round")) == ("federated, continual (er)", 0, "round", 2):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        compare(short, sites, folder=tmp_path / "two", listen=kill, **asked)  # type: ignore[arg-type]
+    assert len(carried) == 3
+    carried.clear()
+    again = compare(short, sites, folder=tmp_path / "two", **asked)  # type: ignore[arg-type]
+    assert carried == ["federated-continual-er-0", "federated-continual-er-1"]
+    for a, b in zip(whole.cells, again.cells, strict=True):
+        assert a.model_copy(update={"seconds": []}) == b.model_copy(update={"seconds": []})
+    carried.clear()
+    more = compare(short.replace(train={"lr": 0.01}), sites, folder=tmp_path / "two", **asked)  # type: ignore[arg-type]
+    assert len(carried) == 4, "another job finds nothing"
+    assert more.cells[0].all_sites != whole.cells[0].all_sites
+    (tmp_path / "two" / "federated-continual-0" / "outcome.json").write_text("{")
+    broken = compare(short, sites, folder=tmp_path / "two", **asked)  # type: ignore[arg-type]
+    assert "federated-continual-0 holds a run that cannot be read" in str(broken.cells[0].error)
+    assert broken.cells[1].error is None
+
+
+def test_side_by_side_gives_the_same_figures(job: Job, sites: SitePopulation, tmp_path: Path) -> None:
+    short = job.replace(federation={"rounds": 5})
+    asked = {"paradigms": PAIRS[1:], "methods": ["finetune", "er"], "seeds": (0, 1)}
+    heard: list[tuple[str, int, str]] = []
+    one = compare(short, sites, **asked)  # type: ignore[arg-type]
+    two = compare(
+        short, sites, folder=tmp_path, processes=2, listen=lambda c, s, e: heard.append((c, s, e["event"])), **asked
+    )  # type: ignore[arg-type]
+    for a, b in zip(one.cells, two.cells, strict=True):
+        assert a.model_copy(update={"seconds": []}) == b.model_copy(update={"seconds": []})
+    assert sum(event == "round" for *_, event in heard) == 4 * 5
+
+
+def test_a_cell_that_fails_side_by_side_leaves_the_others(job: Job, sites: SitePopulation, tmp_path: Path) -> None:
+    broken = job.replace(federation={"rounds": 5, "min_sites": 3, "wait": 0})
+    found = compare(broken, sites, paradigms=PAIRS, seeds=(0,), folder=tmp_path, processes=2)
+    assert [cell.error is None for cell in found.cells] == [True, False]
+    assert "3 sites are needed" in str(found.cells[1].error)
