@@ -19,7 +19,6 @@ from client.workbench import Benches
 from server.coordinator import Coordinator
 from server.events import Events
 from server.privacy import ClientPrivacy, TreePrivacy, make_privacy, nodes, split_noise
-from server.secret import run_secret
 from shared_models.checks import check_contribution
 from shared_models.errors import CompatibilityError, Rejected, RunError
 from shared_models.job import Job
@@ -299,18 +298,6 @@ def test_the_job_and_its_seed_do_not_give_the_server_s_noise(client_job: MakeJob
     one, same, other = (coordinate(job, sites, secret=s * 32).state["model"] for s in (b"a", b"a", b"b"))
     assert all(torch.equal(same[n], t) for n, t in one.items())
     assert not any(torch.equal(other[n], t) for n, t in one.items())
-
-
-def test_a_run_s_secret_lies_in_its_folder_for_its_owner_alone(tmp_path: Path) -> None:
-    found = run_secret(tmp_path)
-    assert len(found) == 32
-    assert run_secret(tmp_path) == found
-    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
-    (tmp_path / "other").mkdir()
-    assert run_secret(tmp_path / "other") != found
-    (tmp_path / "secret").write_bytes(b"short")
-    with pytest.raises(RunError, match="has 5 bytes instead of 32"):
-        run_secret(tmp_path)
 
 
 def test_no_noise_and_no_clip_are_the_plain_run_bit_for_bit(
