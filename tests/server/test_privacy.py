@@ -22,7 +22,7 @@ from server.privacy import ClientPrivacy, TreePrivacy, make_privacy, nodes, spli
 from shared_models.checks import check_contribution
 from shared_models.errors import CompatibilityError, Rejected, RunError
 from shared_models.job import Job
-from shared_models.messages import Contribution, Instruction
+from shared_models.messages import Contribution, Instruction, refusal
 from shared_models.noise import derive, normal, normal_like
 from shared_models.privacy import Spend, client_spend, epsilon, levels
 from shared_models.spec import build_model
@@ -291,6 +291,38 @@ def test_a_resumed_run_has_the_same_bits_and_the_same_account(
     assert all(torch.equal(again.state["model"][n], t) for n, t in whole.state["model"].items())
     assert again.privacy.state == whole.privacy.state
     assert again.privacy.summary() == whole.privacy.summary()
+
+
+def test_what_a_task_of_a_stream_gave_out_is_not_made_anew_under_the_same_noise(
+    client_job: MakeJob, sites: dict[str, Splits], tmp_path: Path
+) -> None:
+    """Stopped when a task's model has left for its test: the round was over, whoever would come to it now.
+
+    Two means under one noise would differ by what one site did, without any noise.
+    """
+
+    class Watched(InProcess):
+        """Notes the models that are measured, and stops at the first; later the site c does not train any more."""
+
+        def __init__(self, stop: bool) -> None:
+            super().__init__(list(sites), sites.__getitem__, Benches(torch.device("cpu")))
+            self.stop, self.given = stop, []  # type: ignore[var-annotated]
+
+        def run(self, instructions: Iterable[Instruction]) -> Iterator[Contribution]:
+            for asked in instructions:
+                if asked.kind == "evaluate":
+                    self.given.append({n: t.clone() for n, t in asked.groups["model"].items()})
+                    if self.stop:
+                        raise Crash
+                lost = not self.stop and asked.kind == "train" and asked.site == "c"
+                yield refusal(asked, "exception") if lost else self.handler(asked.site).handle(asked)
+
+    job = client_job({"noise": 0.5}, time="continual", stream={"tasks": 2}, federation={"rounds": 2})
+    first, second = Watched(stop=True), Watched(stop=False)
+    with pytest.raises(Crash):
+        Coordinator(job, first, "run", folder=tmp_path, secret=b"q" * 32).run()
+    Coordinator(job, second, "run", folder=tmp_path, secret=b"q" * 32).run()
+    assert all(torch.equal(second.given[0][n], t) for n, t in first.given[0].items())
 
 
 def test_the_job_and_its_seed_do_not_give_the_server_s_noise(client_job: MakeJob, sites: dict[str, Splits]) -> None:
