@@ -20,6 +20,7 @@ from shared_models.job import Job
 
 Accountant = Literal["rdp", "prv"]
 MAX_NOISE = 1e6
+PRV_LIMIT = 100.0  # of epsilon: PRV's grid grows with it, and what is above protects nobody
 RELATIONS = {"sample": "one training example added or removed", "client": "one site added or removed with all its data"}
 
 
@@ -47,7 +48,10 @@ def merged(spends: Iterable[Spend]) -> list[Spend]:
 
 
 def epsilon(spends: Sequence[Spend], delta: float, accountant: Accountant = "rdp") -> float:
-    """Epsilon at `delta` of all of them one after another; 0 for none, infinite where a step has no noise."""
+    """Epsilon at `delta` of all of them one after another; 0 for none, infinite where a step has no noise.
+
+    With `prv`, one above 100 by Renyi orders stays what these say: a bound too, and PRV's would take gigabytes.
+    """
     found = merged(spends)
     if not found:
         return 0.0
@@ -65,16 +69,15 @@ def _epsilon(spends: tuple[Spend, ...], delta: float, accountant: Accountant) ->
     # that the best order is at the end of the range (the bound holds, if not the least), and the logarithm of 1 - q = 0
     with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.filterwarnings("ignore", message="Optimal order is the")
-        if accountant == "rdp":
-            total = sum(_renyi(s.noise, s.rate) * s.steps for s in spends)
-            found, _ = get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta)
-        else:
+        total = sum(_renyi(s.noise, s.rate) * s.steps for s in spends)
+        found, _ = get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta)
+        if accountant == "prv" and found <= PRV_LIMIT:
             from opacus.accountants import create_accountant
 
             book = create_accountant(mechanism=accountant)
             book.history = [(s.noise, s.rate, s.steps) for s in spends]
             found = book.get_epsilon(delta=delta)
-    return max(0.0, float(found))
+    return math.inf if math.isnan(found) else max(0.0, float(found))
 
 
 @lru_cache(maxsize=4096)

@@ -78,6 +78,19 @@ def test_prv_without_sampling_is_the_exact_gaussian_curve(noise: float, steps: i
     assert exact <= found <= exact + 0.03
 
 
+@pytest.mark.parametrize("noise", [0.05, 0.2])
+def test_prv_of_what_protects_nobody_is_bounded_by_rdp(noise: float) -> None:
+    """Its grid grows with epsilon, to gigabytes here; Renyi orders bound the same epsilon in no memory at all."""
+    spends = [Spend(noise, 0.5, 100)]
+    assert epsilon(spends, 1e-5, "prv") == epsilon(spends, 1e-5) > 100
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+def test_an_epsilon_that_is_no_number_counts_as_infinite(accountant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opacus.accountants.analysis.rdp.get_privacy_spent", lambda **_: (math.nan, 2.0))
+    assert epsilon([Spend(1.2345, 0.5, 1)], 1e-5, accountant) == math.inf
+
+
 def test_order_and_pieces_do_not_matter_and_more_costs_more() -> None:
     a, b = Spend(1.0, 0.02, 50), Spend(2.0, 0.1, 7)
     whole = epsilon([a, b], 1e-5)
