@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from client.workbench import Workbench
 from shared_models.errors import PrivacyError
 from shared_models.job import Job
 from shared_models.noise import derive, normal_like, uniform
-from shared_models.privacy import Spend, find_noise
+from shared_models.privacy import Spend
 from shared_models.tasks.base import Batch
 
 NUMBERS = 2**24  # of per-sample gradients that are held at once
@@ -46,17 +46,6 @@ class Plan:
 def sampling_rate(examples: int, samples: int, steps: int) -> float:
     """q, with which the expected number of examples processed in a round is exactly the budget's `samples`."""
     return min(1.0, samples / (steps * examples))
-
-
-def site_noise(job: Job, rounds: Sequence[tuple[float, int]]) -> float:
-    """The noise multiplier of a site, from (rate, steps) of all rounds of the run."""
-    part = job.privacy
-    if part.noise is not None:
-        return part.noise
-    steps: dict[float, int] = {}
-    for rate, count in rounds:
-        steps[rate] = steps.get(rate, 0) + count
-    return find_noise(tuple(sorted(steps.items())), part.epsilon, part.delta, part.accountant)
 
 
 class PrivateSteps:

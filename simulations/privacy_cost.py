@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from client.protection import round_spend
+from client.spending import planned
 from shared_models.errors import ConfigError
 from shared_models.job import Job
 from shared_models.privacy import RELATIONS, Spend, bound, client_spend, epsilon, levels, statement, turns
-from shared_models.schedule import round_budget, task_of
 
 SHOWN = 10  # rounds whose epsilon is printed
 
@@ -72,7 +71,7 @@ def cost(job: Job, examples: int | None) -> Cost:
         raise ConfigError("epsilon per sample depends on a site's examples", hint="Say how many: --examples 600")
     tasks = len(job.tasks)
     counts = [examples * (t + 1) // tasks - examples * t // tasks for t in range(tasks)]
-    spends = [round_spend(job, r, round_budget(job, r), counts) for r in range(rounds) if counts[task_of(job, r)]]
+    spends = list(planned(job, counts).values())
     curve = [epsilon(spends[: r + 1], part.delta, part.accountant) for r in range(len(spends))]
     assumes = [
         f"the site has {examples} training examples, which is public, and takes part in every round",

@@ -14,8 +14,9 @@ from scipy import stats
 from client.handler import Handler
 from client.policy import Policy
 from client.private import Plan, PrivateSteps, add_clipped, clip_factors, sampling_rate, simulated_secret
-from client.protection import Protection, round_spend
+from client.protection import Protection
 from client.readers.base import Examples, Splits
+from client.spending import round_spend
 from client.state import MemoryState
 from client.trainer import count_samples, count_steps, train
 from client.workbench import Benches, Workbench
@@ -333,6 +334,33 @@ def test_delta_must_be_below_one_by_the_examples(make_job: MakeJob) -> None:
     assert round_spend(job, 0, Budget(epochs=1), [24]).noise == 1.0
     with pytest.raises(PrivacyError, match="is not below 1/25"):
         round_spend(job, 0, Budget(epochs=1), [25])
+
+
+def test_fewer_steps_that_cost_more_are_beyond_the_target(make_job: MakeJob) -> None:
+    """100 examples by 32: an epoch is 4 steps with rate 0.25, all but four of it 3 steps with rate 0.32."""
+    job = make_job(privacy={"mode": "sample", "epsilon": 2.0}, train={"batch_size": 32})
+    planned = round_spend(job, 0, Budget(epochs=1), [100])
+    assert (planned.rate, planned.steps) == (0.25, 4)
+    assert round_spend(job, 0, Budget(epochs=0.5), [100]).steps == 2
+    assert epsilon([Spend(planned.noise, 0.32, 3)], 1e-5) > epsilon([planned], 1e-5)
+    with pytest.raises(PrivacyError, match="asks for more training than the job says"):
+        round_spend(job, 0, Budget(epochs=0.96), [100])
+
+
+@pytest.mark.parametrize("round", [-1, 2, 1000])
+@pytest.mark.parametrize("mode", ["sample", "client"])
+def test_a_round_that_the_job_does_not_have(make_job: MakeJob, round: int, mode: str) -> None:
+    job = make_job(privacy={"mode": mode, "noise": 1.0}, method={"name": "fedavg", "weighting": "uniform"})
+    with pytest.raises(PrivacyError, match=f"round {round} is asked for, and job 'test' has rounds 0 to 1") as error:
+        round_spend(job, round, Budget(epochs=1), [30])
+    assert error.value.code == "beyond-job"
+
+
+def test_delta_is_that_of_all_examples_of_a_stream(make_job: MakeJob) -> None:
+    job = make_job(privacy={"mode": "sample", "noise": 1.0, "delta": 0.04}, time="continual", stream={"tasks": 2})
+    assert round_spend(job, 0, Budget(epochs=1), [12, 12]).noise == 1.0
+    with pytest.raises(PrivacyError, match="is not below 1/25"):
+        round_spend(job, 0, Budget(epochs=1), [12, 13])
 
 
 # ---- noise by the clients --------------------------------------------------------------------------------------------
