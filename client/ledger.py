@@ -63,7 +63,17 @@ class Entry:
 
 
 class Ledger(Protocol):
-    """Where a site books what its rounds spend."""
+    """Where a site books what its rounds spend.
+
+    Attributes:
+        cap_epsilon: the most that one data set may spend; infinite for no cap.
+        delta: at which the entries of a data set are composed.
+        site: the name under which rounds are booked.
+    """
+
+    cap_epsilon: float
+    delta: float
+    site: str
 
     def reserve(
         self,
@@ -108,6 +118,7 @@ class MemoryLedger:
     def __init__(self, cap_epsilon: float = math.inf, delta: float = 1e-5) -> None:
         self.cap_epsilon = cap_epsilon
         self.delta = delta
+        self.site = ""
         self._entries: dict[Key, Entry] = {}
 
     def reserve(
@@ -130,7 +141,7 @@ class MemoryLedger:
 
     def answered(self, run: str, task: int, round: int) -> None:
         """Note it. The same round may be simulated again: what is drawn for it is the same, and nothing leaves."""
-        key = ("", run, task, round)
+        key = (self.site, run, task, round)
         if key in self._entries:
             self._entries[key] = replace(self._entries[key], answered=True)
 

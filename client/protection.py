@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from client.forecast import Counts, require_room
 from client.ledger import Ledger, MemoryLedger
 from client.private import Plan, clip_factors
 from client.spending import round_spend
@@ -79,6 +80,11 @@ class Protection:
         )
         where = (named.run, self.site, named.task, named.round)
         return Plan(spend, derive(self.secret(job), "round", job.whole.hash, *where, asked, _digest(kept)))
+
+    def require_room(self, probe: Instruction, counts: Counts) -> None:
+        """Refuse a job with privacy that cannot end under the site's cap; raises as `forecast.require_room`."""
+        if probe.job.privacy.mode != "none" and self.ledger.cap_epsilon != math.inf:
+            require_room(self.ledger, self.dataset, probe, counts)
 
     def answered(self, instruction: Instruction) -> None:
         """Say that a booked round's answer is kept and may leave."""

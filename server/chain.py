@@ -42,11 +42,6 @@ def run_stages(job: Job, make: Callable[[Job, Mapping[str, Tensor]], Coordinator
     return replace(outcome, totals=totals, stages=reached)
 
 
-def stage_run(run: str, step: Job) -> str:
-    """The id that names a stage's state at the sites."""
-    return f"{run}.{step.stage}" if step.whole.stages else run
-
-
 def stage_folder(folder: Path | None, step: Job) -> Path | None:
     """Where a stage leaves its traces: the run's own folder for the last one."""
     if folder is None or step.stage == len(step.whole.steps) - 1:

@@ -325,7 +325,9 @@ class Coordinator:
 
     def _probe(self, site: str) -> Instruction:
         groups = {"start": self._left} if self._left and self.job.stage else {}
-        return replace(self._instruction("probe", document=self.spec.document, groups=groups), site=site)
+        round = self.progress.round  # so that a site can tell what is still to come of the run
+        base = self._instruction("probe", round=round, document=self.spec.document, groups=groups)
+        return replace(base, site=site)
 
     def _checkpoint(self) -> None:
         if self.folder:

@@ -12,7 +12,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from server.chain import run_stages, stage_folder, stage_run
+from server.chain import run_stages, stage_folder
 from server.config import ServerFolder
 from server.coordinator import Coordinator
 from server.events import Events, without_nan
@@ -23,6 +23,7 @@ from shared_models.errors import FedzooError
 from shared_models.files import write_whole
 from shared_models.flower import shorten_object_backoff
 from shared_models.job import Job
+from shared_models.schedule import stage_run
 from shared_models.secret import load_secret
 
 log = logging.getLogger("fedzoo.server")
