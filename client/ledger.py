@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from client.config import ClientConfig, NodeFolder
 from client.logbook import Logbook, Record
 from shared_models.errors import PrivacyError
-from shared_models.privacy import RELATIONS, Spend, epsilon, merged
+from shared_models.privacy import RELATIONS, Spend, bound, epsilon, merged
 
 Key = tuple[str, str, int, int]
 
@@ -265,7 +265,7 @@ def _is_new(entry: Entry, known: Mapping[Key, Entry], cap: float, delta: float) 
     after = epsilon(spends, delta)
     if not after <= cap:
         raise PrivacyError(
-            f"{where} of job '{entry.job}' would bring data set '{entry.dataset}' to epsilon {after:.4g} at delta "
+            f"{where} of job '{entry.job}' would bring data set '{entry.dataset}' to epsilon {bound(after)} at delta "
             f"{delta:g} (unit: {unit}; neighbours: {RELATIONS[unit]}), above this site's cap of {cap:g}",
             hint="Nothing was trained. `fedzoo client ledger show` lists what was spent; the cap is cap_epsilon in "
             "[privacy] of client.toml",

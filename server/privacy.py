@@ -28,6 +28,7 @@ from shared_models.noise import derive, normal, normal_like, uniform
 from shared_models.privacy import (
     RELATIONS,
     Spend,
+    assumptions,
     client_noise,
     client_spend,
     epsilon,
@@ -328,4 +329,6 @@ def _terms(job: Job) -> dict[str, Any]:
 def _summary(job: Job, found: Mapping[str, float]) -> dict[str, Any]:
     most = max(found.values(), default=0.0)
     said = statement(job.privacy.mode, most, job.privacy.delta, job.privacy.accountant)
+    if job.privacy.mode == "client" and math.isfinite(most):
+        said = f"{said}; assumes that {' and that '.join(assumptions(job))}"
     return {**_terms(job), "epsilon": dict(found), "statement": said}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -161,11 +161,44 @@ def client_spend(job: Job, rounds: int) -> Spend:
     return Spend(client_noise(job) / scale, rate, steps)
 
 
+def assumptions(job: Job) -> list[str]:
+    """What has to hold for that epsilon; where a site's own ledger cannot count on it, that is said."""
+    part, fraction = job.privacy, job.federation.fraction
+    if part.noise_by == "clients":
+        trust = (
+            f"{job.federation.min_sites} or more sites add their shares of the noise, and only their sum is seen (a "
+            "site's own ledger counts its share alone)"
+        )
+    else:
+        trust = "the server is trusted with the updates and adds the noise"
+    if part.mechanism == "ftrl":
+        turn = f"every site has its turn once in {turns(job)} rounds ({levels(job)} nodes of a tree); no sampling"
+    elif fraction < 1:
+        turn = (
+            f"each site takes part by chance ({fraction:g}), and who did is known to the server alone (a site's own "
+            "ledger counts its rounds without that chance)"
+        )
+    else:
+        turn = "every site takes part in every round; no amplification by sampling"
+    return [trust, turn]
+
+
 # ---- how it is said --------------------------------------------------------------------------------------------------
 def bound(value: float) -> str:
     """Three significant digits, rounded up: what is shown is never less than what was spent."""
+    return _short(value, lambda scaled: math.ceil(scaled * (1 - 1e-12)))
+
+
+def rest(value: float) -> str:
+    """Three significant digits, rounded down: what is shown is never more than what is left."""
+    return _short(value, lambda scaled: math.floor(scaled * (1 + 1e-12)))
+
+
+def _short(value: float, whole: Callable[[float], int]) -> str:
+    if math.isinf(value):
+        return "infinite"
     digits = 2 - math.floor(math.log10(value)) if value > 0 else 2
-    text = f"{math.ceil(value * 10.0**digits * (1 - 1e-12)) / 10.0**digits:.{max(digits, 0)}f}"
+    text = f"{whole(value * 10.0**digits) / 10.0**digits:.{max(digits, 0)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from client.spending import planned
 from shared_models.errors import ConfigError
 from shared_models.job import Job
-from shared_models.privacy import RELATIONS, Spend, bound, client_spend, epsilon, levels, statement, turns
+from shared_models.privacy import RELATIONS, Spend, assumptions, bound, client_spend, epsilon, statement
 
 SHOWN = 10  # rounds whose epsilon is printed
 
@@ -66,7 +66,7 @@ def cost(job: Job, examples: int | None) -> Cost:
     terms = (part.mode, part.delta, part.accountant)
     if part.mode == "client":
         curve = [epsilon([client_spend(job, r)], part.delta, part.accountant) for r in range(1, rounds + 1)]
-        return Cost(*terms, client_spend(job, 1), curve, _client_assumptions(job))
+        return Cost(*terms, client_spend(job, 1), curve, assumptions(job))
     if not examples:
         raise ConfigError("epsilon per sample depends on a site's examples", hint="Say how many: --examples 600")
     tasks = len(job.tasks)
@@ -78,18 +78,3 @@ def cost(job: Job, examples: int | None) -> Cost:
         "each example is in a step on its own with that rate, drawn from the site's secret",
     ]
     return Cost(*terms, spends[0], curve, assumes)
-
-
-def _client_assumptions(job: Job) -> list[str]:
-    part, fraction = job.privacy, job.federation.fraction
-    if part.noise_by == "clients":
-        trust = f"{job.federation.min_sites} or more sites add their shares, and only their sum is seen"
-    else:
-        trust = "the server is trusted with the updates and adds the noise"
-    if part.mechanism == "ftrl":
-        turn = f"every site has its turn once in {turns(job)} rounds ({levels(job)} nodes of a tree); no sampling"
-    elif fraction < 1:
-        turn = f"each site takes part by chance ({fraction:g}), and who did is known to the server alone"
-    else:
-        turn = "every site takes part in every round; no amplification by sampling"
-    return [trust, turn]

@@ -378,6 +378,16 @@ def test_epsilon_of_a_site_as_the_unit_stands_in_the_events(client_job: MakeJob,
     assert [t["epsilon"] for t in told] == [epsilon([client_spend(job, r)], 1e-5) for r in (1, 2, 3, 4)]
     assert all((t["unit"], t["rate"], t["mechanism"]) == ("client", 0.4, "gaussian") for t in told)
     assert outcome.privacy["epsilon"] == {"every site": told[-1]["epsilon"]}
+    assert outcome.privacy["statement"].endswith(
+        "(RDP accountant); assumes that the server is trusted with the updates and adds the noise and that each site "
+        "takes part by chance (0.4), and who did is known to the server alone (a site's own ledger counts its rounds "
+        "without that chance)"
+    )
+    shared = Coordinator(client_job({"noise_by": "clients"}), Fragile(sites, -1), "run").run().privacy["statement"]
+    assert "assumes that 1 or more sites add their shares of the noise, and only their sum is seen" in shared
+    assert "(a site's own ledger counts its share alone) and that every site takes part in every round" in shared
+    silent = Coordinator(client_job({"noise": 0}), Fragile(sites, -1), "run").run().privacy["statement"]
+    assert silent == "no differential privacy (unit client: the noise is 0)"
 
 
 def test_without_privacy_nothing_is_said(make_job: MakeJob, sites: dict[str, Splits]) -> None:

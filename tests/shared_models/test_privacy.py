@@ -26,6 +26,7 @@ from shared_models.privacy import (
     find_noise,
     levels,
     merged,
+    rest,
     statement,
     turns,
 )
@@ -159,6 +160,9 @@ def test_a_guarantee_is_never_said_without_its_terms() -> None:
         1231: "1240",
     }
     assert {value: bound(value) for value in shown} == shown
+    left = {2.349: "2.34", 2.34: "2.34", 0.01209: "0.012", 123.9: "123", 0.0: "0", 1239: "1230", math.inf: "infinite"}
+    assert {value: rest(value) for value in left} == left
+    assert bound(math.inf) == "infinite"
     assert "one site added or removed" in statement("client", 1.0, 1e-5, "prv")
     assert statement("sample", math.inf, 1e-5, "rdp").startswith("no differential privacy")
     assert statement("sample", None, 1e-5, "rdp").startswith("no differential privacy")

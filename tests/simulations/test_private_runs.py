@@ -118,6 +118,8 @@ def test_a_job_s_cost_before_it_runs_is_what_it_spends(tmp_path: Path) -> None:
     assert "the server is trusted with the updates" in client.lines()[2]
     ftrl = cost(a_job(*CLIENT, "privacy.mechanism=ftrl", "federation.fraction=0.34"), None)
     assert ftrl.assumes[1] == "every site has its turn once in 3 rounds (2 nodes of a tree); no sampling"
+    silent = cost(a_job("privacy.epsilon=0", "privacy.noise=0"), 100)
+    assert silent.lines()[-1] == "epsilon after round 1: infinite, 2: infinite, 3: infinite"
     with pytest.raises(ConfigError, match="Say how many: --examples 600"):
         cost(job, None)
     with pytest.raises(ConfigError, match="has no differential privacy"):
