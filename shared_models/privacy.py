@@ -166,8 +166,8 @@ def assumptions(job: Job) -> list[str]:
     part, fraction = job.privacy, job.federation.fraction
     if part.noise_by == "clients":
         trust = (
-            f"{job.federation.min_sites} or more sites add their shares of the noise, and only their sum is seen (a "
-            "site's own ledger counts its share alone)"
+            f"{job.federation.min_sites} or more sites add their shares of the noise, and only their sum is seen, by "
+            "one who added none (a site's own ledger counts its share alone)"
         )
     else:
         trust = "the server is trusted with the updates and adds the noise"
