@@ -127,6 +127,20 @@ def test_a_target_that_the_sites_delta_does_not_meet_is_refused_before_the_first
     assert site.ask(aimed, 4.0) == "ok"
 
 
+def test_all_stages_count_and_those_that_are_booked_count_once(site: Site, job: Job) -> None:
+    staged = job.replace(stages=[{"name": "one", "federation": {"rounds": 1}}, {"name": "two"}])
+    one, two = staged.steps
+    assert site.ask(one, cost(20), run="r.0") == "ok", "a round and four of four steps each"
+    assert site.ask(one, math.nextafter(cost(20), 0), run="r.0") == "privacy-cap"
+    assert site.ask(one, cost(20), "train", run="r.0") == "ok"
+    for round in range(2):
+        assert site.ask(two, cost(20), "train", round, run="r.1") == "ok"
+    assert site.ask(one, cost(20), round=1, run="r.0") == "ok", "resumed, the server asks from the first stage on"
+    assert site.ask(two, cost(20), round=2, run="r.1") == "ok"
+    assert site.ask(two, cost(20), round=2, run="s.1") == "ok", "two rounds more"
+    assert site.ask(two, cost(20), round=1, run="s.1") == "privacy-cap"
+
+
 def test_delta_is_looked_at_before_the_first_round(site: Site, job: Job) -> None:
     assert site.ask(job.replace(privacy={"delta": 0.05}), 8.0) == "delta"
 

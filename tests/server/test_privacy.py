@@ -384,7 +384,10 @@ def test_epsilon_of_a_site_as_the_unit_stands_in_the_events(client_job: MakeJob,
         "without that chance)"
     )
     shared = Coordinator(client_job({"noise_by": "clients"}), Fragile(sites, -1), "run").run().privacy["statement"]
-    assert "assumes that 1 or more sites add their shares of the noise, and only their sum is seen, by one who added none" in shared
+    assert (
+        "assumes that 1 or more sites add their shares of the noise, and only their sum is seen, by one who added none"
+        in shared
+    )
     assert "(a site's own ledger counts its share alone) and that every site takes part in every round" in shared
     silent = Coordinator(client_job({"noise": 0}), Fragile(sites, -1), "run").run().privacy["statement"]
     assert silent == "no differential privacy (unit client: the noise is 0)"

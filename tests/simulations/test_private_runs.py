@@ -111,7 +111,7 @@ def test_a_job_s_cost_before_it_runs_is_what_it_spends(tmp_path: Path) -> None:
     examples = rounds[0]["examples"][0]
     found = cost(job, examples)
     assert found.epsilon == pytest.approx([e["privacy"]["epsilon"][0] for e in rounds])
-    assert found.each.noise == rounds[0]["privacy"]["noise"][0]
+    assert found.stages[0].each.noise == rounds[0]["privacy"]["noise"][0]
     assert re.match(TERMS, found.lines()[0])
     client = cost(a_job(*CLIENT), None)
     assert client.epsilon[-1] <= 8.0
