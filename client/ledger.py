@@ -253,8 +253,9 @@ def _is_new(entry: Entry, known: Mapping[Key, Entry], cap: float, delta: float) 
     if (before := known.get(entry.key)) is not None:
         if before != entry:
             raise PrivacyError(
-                f"{where} was booked for another instruction, and its noise must not cover two different answers",
-                hint="Ask the server's operator why the round was changed",
+                f"{where} was booked for another instruction, or for other data of this site, and its noise must not "
+                "cover two different answers",
+                hint="If the data are the same, ask the server's operator why the round was changed",
                 code="privacy-altered",
             )
         return False

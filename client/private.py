@@ -67,7 +67,7 @@ class PrivateSteps:
         numbers = sum(p.numel() for p in bench.trained.values())
         self.largest = max(1, NUMBERS // max(numbers, 1))  # examples whose gradients are computed at once
         self._step = 0
-        if self.part.clip and not bench.per_sample:
+        if self.part.clip and (pieces or not bench.per_sample):  # a method's term may be silent in one round only
             require_unmixed(bench)
             first = data.batch(torch.arange(min(2, len(data))), bench.device)
             bench.per_sample = choose(bench, pieces, first)

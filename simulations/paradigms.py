@@ -232,7 +232,7 @@ def _side_by_side(spent: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """What sites spent that never met: each its own; the statement is that of the one that spent most."""
     if not spent[0]:
         return {}
-    most = max(spent, key=lambda one: max(one["epsilon"].values()))
+    most = max(spent, key=lambda one: max(one["epsilon"].values(), default=0.0))
     return {**most, "epsilon": {site: value for one in spent for site, value in one["epsilon"].items()}}
 
 

@@ -64,6 +64,14 @@ def test_a_site_is_protected_among_others_and_a_lone_model_is_said_to_be_unprote
     assert variant(a_job(*CLIENT), "isolated", "offline", 0).privacy.mode == "none"
 
 
+def test_a_site_that_was_never_taken_has_spent_nothing() -> None:
+    found = compared(a_job("federation.fraction=0.3", "federation.rounds=1"), ("isolated",)).cells[0]
+    assert found.error is None
+    assert found.privacy is not None
+    assert len(found.privacy.epsilon) == 1
+    assert found.privacy.statement.startswith("epsilon 7.9") or found.privacy.statement.startswith("epsilon 8 ")
+
+
 def test_without_privacy_the_report_is_as_it_was() -> None:
     job = Job.load(EXAMPLE, [*SHORT, "privacy.mode=sample"]).replace(
         privacy={"mode": "none", "epsilon": 0, "delta": 1e-5}
