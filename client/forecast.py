@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,8 @@ from shared_models.job import Job
 from shared_models.messages import Instruction
 from shared_models.privacy import RELATIONS, bound, epsilon
 from shared_models.schedule import stage_run, task_of
+
+log = logging.getLogger("fedzoo.client")
 
 Counts = Callable[[Job], Sequence[int]]
 
@@ -43,6 +46,13 @@ def require_room(ledger: Ledger, dataset: str, probe: Instruction, counts: Count
             if step.stage != job.stage or r >= probe.round
         ]
         ahead += _expected([e for e in rounds if e.key not in booked], step.federation.fraction)
+    if (examples := sum(counts(job))) and ledger.delta >= 1 / examples:
+        log.warning(
+            "delta = %g in [privacy] of client.toml is not below 1/%d, one by the number of training examples: what the "
+            "ledger says would allow to publish one of them; lower it",
+            ledger.delta,
+            examples,
+        )
     mine = [e for e in known if e.dataset == dataset]
     unit, spends = composed([*mine, *ahead])
     after = epsilon(spends, ledger.delta)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from client.forecast import _expected
+from client.forecast import _expected, require_room
 from client.handler import Handler
 from client.ledger import DiskLedger, Entry
 from client.policy import Policy
@@ -143,6 +143,14 @@ def test_all_stages_count_and_those_that_are_booked_count_once(site: Site, job: 
 
 def test_delta_is_looked_at_before_the_first_round(site: Site, job: Job) -> None:
     assert site.ask(job.replace(privacy={"delta": 0.05}), 8.0) == "delta"
+
+
+def test_a_site_whose_own_delta_says_nothing_is_told(site: Site, job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    for delta, told in ((0.03, False), (0.04, True)):
+        caplog.clear()
+        ledger = DiskLedger(site.folder / "ledger", 8.0, delta, site="a")
+        require_room(ledger, "chest", Instruction("probe", "r", "a", job, ""), lambda _: [30])
+        assert ("delta = 0.04 in [privacy] of client.toml is not below 1/30" in caplog.text) == told
 
 
 def test_without_a_cap_the_ledger_is_not_read(site: Site, job: Job) -> None:

@@ -270,14 +270,15 @@ def test_what_the_server_has_does_not_give_the_noise(make_job: MakeJob, make_spl
     assert float(drawn.norm()) > 0.5 * float((flat(one) - flat(other)).norm()), "as far off as any other guess"
 
 
-@pytest.mark.parametrize("change", ["round", "task-model", "site", "run", "kept"])
+@pytest.mark.parametrize("change", ["round", "task", "model", "site", "run", "kept"])
 def test_no_two_different_rounds_share_their_noise(make_job: MakeJob, make_splits: MakeSplits, change: str) -> None:
     job = make_job(privacy={"mode": "sample", "noise": 1.0})
     protection = Protection("s", secret=lambda job: b"a" * 32)
     base = Instruction("train", "r", "s", job, "f", rounds=2, groups={"model": {"w": torch.zeros(2)}})
     others = {
         "round": replace(base, round=1),
-        "task-model": replace(base, run="q", groups={"model": {"w": torch.ones(2)}}),
+        "task": replace(base, task=1),
+        "model": replace(base, groups={"model": {"w": torch.ones(2)}}),
         "site": base,
         "run": replace(base, run="q"),
         "kept": base,
