@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 
-from client.ledger import Entry, Ledger, composed
+from client.ledger import Entry, Ledger, composed, spent
 from client.spending import planned
 from shared_models.errors import PrivacyError
 from shared_models.job import Job
@@ -48,8 +48,8 @@ def require_room(ledger: Ledger, dataset: str, probe: Instruction, counts: Count
         ahead += _expected([e for e in rounds if e.key not in booked], step.federation.fraction)
     if (examples := sum(counts(job))) and ledger.delta >= 1 / examples:
         log.warning(
-            "delta = %g in [privacy] of client.toml is not below 1/%d, one by the number of training examples: what the "
-            "ledger says would allow to publish one of them; lower it",
+            "delta = %g in [privacy] of client.toml is not below 1/%d, one by the number of training examples: what "
+            "the ledger says would allow to publish one of them; lower it",
             ledger.delta,
             examples,
         )
@@ -57,7 +57,7 @@ def require_room(ledger: Ledger, dataset: str, probe: Instruction, counts: Count
     unit, spends = composed([*mine, *ahead])
     after = epsilon(spends, ledger.delta)
     if ahead and not after <= ledger.cap_epsilon:
-        before = bound(epsilon(composed(mine)[1], ledger.delta))
+        before = bound(spent(mine, ledger.delta))
         raise PrivacyError(
             f"job '{job.name}' cannot end under this site's cap of epsilon {ledger.cap_epsilon:g}: with the "
             f"{len(ahead)} rounds to come of it, data set '{dataset}' would be at {bound(after)}, now at {before}, at "

@@ -23,11 +23,10 @@ from client.workbench import Workbench
 from shared_models.errors import PrivacyError
 from shared_models.job import Job
 from shared_models.noise import derive, normal_like, uniform
-from shared_models.privacy import Spend
+from shared_models.privacy import SHRINK, Spend
 from shared_models.tasks.base import Batch
 
 NUMBERS = 2**24  # of per-sample gradients that are held at once
-SHRINK = 1 - 1e-5  # of the clip: what rounding in float32 may add to a norm
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from shared_models.messages import OK, Contribution
 from shared_models.noise import derive, normal, normal_like, uniform
 from shared_models.privacy import (
     RELATIONS,
+    SHRINK,
     Spend,
     assumptions,
     client_noise,
@@ -41,7 +42,6 @@ from shared_models.sums import Groups
 
 COUNT_NOISE = 2.0  # of the noisy count below the clip, relative to the whole noise, where a cohort is small
 EVERY = "every site"
-SHRINK = 1 - 1e-5  # of the clip: what rounding in float32 may add to a norm
 
 
 class Privacy:

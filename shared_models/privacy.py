@@ -20,6 +20,7 @@ from shared_models.job import Job
 
 Accountant = Literal["rdp", "prv"]
 MAX_NOISE = 1e6
+SHRINK = 1 - 1e-5  # of the clip: what rounding in float32 may add to a norm
 PRV_LIMIT = 100.0  # of epsilon: PRV's grid grows with it, and what is above protects nobody
 RELATIONS = {"sample": "one training example added or removed", "client": "one site added or removed with all its data"}
 
