@@ -65,3 +65,4 @@ def _carry(run: RunFolder, server: ServerFolder, grid: Grid) -> None:
         return
     write_whole(run.path / "result.json", json.dumps({"version": version("fedzoo"), **without_nan(outcome.document())}))
     run.write(only_from=("running",), state="done")
+    run.secret.unlink(missing_ok=True)  # nobody needs to draw that noise again

@@ -48,3 +48,24 @@ def test_where_a_site_is_hidden_the_noise_comes_from_the_runs_own_secret(
     assert given[0] != given[1]
     assert runs[0].secret.read_bytes() == given[0]
     assert runs[0].secret.stat().st_mode & 0o777 == 0o600
+
+
+def test_when_a_run_is_done_nobody_can_draw_its_noise_again(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Done:
+        def document(self) -> dict[str, Any]:
+            return {}
+
+    def carried(job: Job, make: Callable[..., object]) -> Done:
+        make(job, {})
+        assert run.secret.exists()
+        return Done()
+
+    monkeypatch.setattr(server.flower_app, "run_stages", carried)
+    job = make_job(privacy={"mode": "client", "noise": 1.0}, method={"name": "fedavg", "weighting": "uniform"})
+    run = create_run(tmp_path, job)
+    run.write(state="running")
+    _carry(run, ServerFolder(tmp_path), None)  # type: ignore[arg-type]
+    assert run.status().state == "done"
+    assert not run.secret.exists()

@@ -180,6 +180,10 @@ def test_a_guarantee_is_never_said_without_its_terms() -> None:
         ({"mode": "client", "noise": 1.0, "gradients": "loop"}, "gradients means nothing in mode 'client'"),
         ({"mode": "client", "noise": 0, "clip": 0, "quantile": 0.5}, "quantile needs a clip to begin with"),
         ({"mode": "client", "noise": 1.0, "delta": 0}, "greater than 0"),
+        ({"mode": "sample", "noise": math.inf}, "finite number"),
+        ({"mode": "sample", "epsilon": math.inf}, "finite number"),
+        ({"mode": "client", "noise": 1.0, "clip": math.inf}, "finite number"),
+        ({"mode": "client", "noise": 1.0, "quantile": 0.5, "clip_rate": math.inf}, "finite number"),
     ],
 )
 def test_what_means_nothing_is_refused(part: dict[str, object], reason: str) -> None:
