@@ -147,7 +147,7 @@ class NodeFolder:
 
     @property
     def secret(self) -> Path:
-        """What noise, sampling and masks are drawn from; see `client.secret`."""
+        """What noise, sampling and masks are drawn from; see `shared_models.secret`."""
         return self.root / "secret"
 
     @property

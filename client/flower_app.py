@@ -17,13 +17,13 @@ from client.protection import Protection
 from client.readers import read
 from client.readers.base import Splits, Wanted
 from client.readers.parts import split
-from client.secret import load_secret
 from client.state import DiskState
 from client.workbench import Benches, make_device
 from shared_models.errors import FedzooError, PrivacyError
 from shared_models.flower import from_record, to_record
 from shared_models.job import Job
 from shared_models.messages import Contribution
+from shared_models.secret import load_secret
 from shared_models.wire import decode_instruction, encode_contribution
 
 log = logging.getLogger("fedzoo.client")

@@ -119,13 +119,13 @@ class Handler:
         with keyed_global(key(instruction.job.seed, instruction.kind, site=self.site, **where), bench.device):
             if instruction.kind == "end_task":
                 return self._end_task(instruction, bench, examples, kept)
-            job = instruction.job
-            counts = [len(splits.train.of_tasks(job, (task,))) for task in range(len(job.tasks))]
-            plan = self.protection.book(instruction, counts, kept)
+            plan = self.protection.book(instruction, self._counts(splits, instruction.job), kept)
             return self._train(instruction, bench, examples, kept, metrics, plan, splits)
 
     def _probe(self, instruction: Instruction) -> Contribution:
-        """Would this node train that model, and can it read its data? Its own document goes up for comparison.
+        """Would this node train that model, can it read its data, and does the job fit under its cap?
+
+        Its own document goes up for comparison.
 
         What an earlier stage left, of entries that no round sends, is kept where it is exactly that.
         """
@@ -140,6 +140,7 @@ class Handler:
             return self._reply(instruction, code=error.code, document=bench.spec.document)
         if start:
             self.state.keep_start(instruction.run, instruction.job.stage, start)
+        self.protection.require_room(instruction, lambda job: self._counts(self.data(job), job))
         examples = len(self.data(instruction.job).train)
         return self._reply(instruction, document=bench.spec.document, examples=examples)
 
@@ -233,6 +234,10 @@ class Handler:
         examples = splits.validation if part == "validation" else splits.test
         among = bench.job.tasks[task] if part == "known" else ()
         return evaluate(bench, examples.of_tasks(bench.job, (task,)), self.site, part, among)
+
+    def _counts(self, splits: Splits, job: Job) -> list[int]:
+        """The site's training examples, task by task."""
+        return [len(splits.train.of_tasks(job, (task,))) for task in range(len(job.tasks))]
 
     def _reply(self, instruction: Instruction, **fields: object) -> Contribution:
         return Contribution(

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from client.config import ClientConfig, NodeFolder
 from client.logbook import Logbook, Record
 from shared_models.errors import PrivacyError
-from shared_models.privacy import RELATIONS, Spend, epsilon, merged
+from shared_models.privacy import RELATIONS, Spend, bound, epsilon, merged
 
 Key = tuple[str, str, int, int]
 
@@ -63,7 +63,17 @@ class Entry:
 
 
 class Ledger(Protocol):
-    """Where a site books what its rounds spend."""
+    """Where a site books what its rounds spend.
+
+    Attributes:
+        cap_epsilon: the most that one data set may spend; infinite for no cap.
+        delta: at which the entries of a data set are composed.
+        site: the name under which rounds are booked.
+    """
+
+    cap_epsilon: float
+    delta: float
+    site: str
 
     def reserve(
         self,
@@ -108,6 +118,7 @@ class MemoryLedger:
     def __init__(self, cap_epsilon: float = math.inf, delta: float = 1e-5) -> None:
         self.cap_epsilon = cap_epsilon
         self.delta = delta
+        self.site = ""
         self._entries: dict[Key, Entry] = {}
 
     def reserve(
@@ -130,7 +141,7 @@ class MemoryLedger:
 
     def answered(self, run: str, task: int, round: int) -> None:
         """Note it. The same round may be simulated again: what is drawn for it is the same, and nothing leaves."""
-        key = ("", run, task, round)
+        key = (self.site, run, task, round)
         if key in self._entries:
             self._entries[key] = replace(self._entries[key], answered=True)
 
@@ -242,8 +253,9 @@ def _is_new(entry: Entry, known: Mapping[Key, Entry], cap: float, delta: float) 
     if (before := known.get(entry.key)) is not None:
         if before != entry:
             raise PrivacyError(
-                f"{where} was booked for another instruction, and its noise must not cover two different answers",
-                hint="Ask the server's operator why the round was changed",
+                f"{where} was booked for another instruction, or for other data of this site, and its noise must not "
+                "cover two different answers",
+                hint="If the data are the same, ask the server's operator why the round was changed",
                 code="privacy-altered",
             )
         return False
@@ -254,7 +266,7 @@ def _is_new(entry: Entry, known: Mapping[Key, Entry], cap: float, delta: float) 
     after = epsilon(spends, delta)
     if not after <= cap:
         raise PrivacyError(
-            f"{where} of job '{entry.job}' would bring data set '{entry.dataset}' to epsilon {after:.4g} at delta "
+            f"{where} of job '{entry.job}' would bring data set '{entry.dataset}' to epsilon {bound(after)} at delta "
             f"{delta:g} (unit: {unit}; neighbours: {RELATIONS[unit]}), above this site's cap of {cap:g}",
             hint="Nothing was trained. `fedzoo client ledger show` lists what was spent; the cap is cap_epsilon in "
             "[privacy] of client.toml",

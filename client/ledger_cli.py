@@ -40,13 +40,17 @@ def show(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
 
 
 def _say(account: dict[str, Any], current: str) -> None:
+    from shared_models.privacy import rest
+
     name = account["dataset"]
     typer.echo(f"\ndata set {_shown(name)}{'  (read by this node)' if name == current else ''}")
     cap = account["cap_epsilon"]
-    left = "no cap" if cap is None else f"cap {cap:g}, left {account['left']:.4g}"
+    left = "no cap" if cap is None else f"cap {cap:g}, left {rest(account['left'])}"
     typer.echo(f"  {_guarantee(account)}; {left}")
     if account["converted"]:
         typer.echo("  rounds with unit client count here at half their noise and without sampling (docs/ledger.md)")
+    elif account["unsampled"]:
+        typer.echo("  rounds with unit client count here without sampling; a job's own epsilon may count on it")
     if not account["runs"]:
         typer.echo("  no round has been booked")
     for run in account["runs"]:
@@ -59,7 +63,9 @@ def _say(account: dict[str, Any], current: str) -> None:
 
 
 def _guarantee(spent: dict[str, Any]) -> str:
-    epsilon = "infinite" if spent["epsilon"] is None else f"{spent['epsilon']:.4g}"
+    from shared_models.privacy import bound
+
+    epsilon = "infinite" if spent["epsilon"] is None else bound(spent["epsilon"])
     return f"epsilon {epsilon} at delta {spent['delta']:g}, unit {spent['unit']} (neighbours: {spent['relation']})"
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +24,10 @@ from shared_models.errors import PrivacyError
 from shared_models.job import Job
 from shared_models.methods.base import Pieces
 from shared_models.noise import derive, normal_like, uniform
-from shared_models.privacy import Spend, find_noise
+from shared_models.privacy import SHRINK, Spend
 from shared_models.tasks.base import Batch
 
 NUMBERS = 2**24  # of per-sample gradients that are held at once
-SHRINK = 1 - 1e-5  # of the clip: what rounding in float32 may add to a norm
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,6 @@ class Plan:
 def sampling_rate(examples: int, samples: int, steps: int) -> float:
     """q, with which the expected number of examples processed in a round is exactly the budget's `samples`."""
     return min(1.0, samples / (steps * examples))
-
-
-def site_noise(job: Job, rounds: Sequence[tuple[float, int]]) -> float:
-    """The noise multiplier of a site, from (rate, steps) of all rounds of the run."""
-    part = job.privacy
-    if part.noise is not None:
-        return part.noise
-    steps: dict[float, int] = {}
-    for rate, count in rounds:
-        steps[rate] = steps.get(rate, 0) + count
-    return find_noise(tuple(sorted(steps.items())), part.epsilon, part.delta, part.accountant)
 
 
 class PrivateSteps:
@@ -79,7 +67,7 @@ class PrivateSteps:
         numbers = sum(p.numel() for p in bench.trained.values())
         self.largest = max(1, NUMBERS // max(numbers, 1))  # examples whose gradients are computed at once
         self._step = 0
-        if self.part.clip and not bench.per_sample:
+        if self.part.clip and (pieces or not bench.per_sample):  # a method's term may be silent in one round only
             require_unmixed(bench)
             first = data.batch(torch.arange(min(2, len(data))), bench.device)
             bench.per_sample = choose(bench, pieces, first)

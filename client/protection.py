@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import torch
 
+from client.forecast import Counts, require_room
 from client.ledger import Ledger, MemoryLedger
-from client.private import Plan, clip_factors, sampling_rate, site_noise
-from client.trainer import count_samples, count_steps
+from client.private import Plan, clip_factors
+from client.spending import round_spend
 from shared_models.errors import PrivacyError
 from shared_models.job import Job
-from shared_models.messages import Budget, Instruction
+from shared_models.messages import Instruction
 from shared_models.noise import derive, normal_like
-from shared_models.privacy import Spend, client_noise, client_spend
-from shared_models.schedule import round_budget, task_of
+from shared_models.privacy import client_noise
 from shared_models.sums import Groups
 from shared_models.wire import digest, flatten
 
@@ -57,8 +57,7 @@ class Protection:
             kept: what the site remembers; it is part of the key, so that no two different gradients get one noise.
 
         Raises:
-            PrivacyError: more is asked than the target allows, delta is too large for so many examples, there is no
-                secret, or as `Ledger.reserve`.
+            PrivacyError: there is no secret, or as `round_spend` and `Ledger.reserve`.
         """
         job, part = instruction.job, instruction.job.privacy
         if part.mode == "none":
@@ -82,52 +81,15 @@ class Protection:
         where = (named.run, self.site, named.task, named.round)
         return Plan(spend, derive(self.secret(job), "round", job.whole.hash, *where, asked, _digest(kept)))
 
+    def require_room(self, probe: Instruction, counts: Counts) -> None:
+        """Refuse a job with privacy that cannot end under the site's cap; raises as `forecast.require_room`."""
+        if probe.job.privacy.mode != "none" and self.ledger.cap_epsilon != math.inf:
+            require_room(self.ledger, self.dataset, probe, counts)
+
     def answered(self, instruction: Instruction) -> None:
         """Say that a booked round's answer is kept and may leave."""
         if instruction.kind == "train" and instruction.job.privacy.mode != "none":
             self.ledger.answered(instruction.run, instruction.task, instruction.round)
-
-
-def round_spend(job: Job, round: int, budget: Budget, counts: Sequence[int]) -> Spend:
-    """What one round spends of a site with so many training examples in each task.
-
-    Raises:
-        PrivacyError: as `Protection.book`.
-    """
-    part = job.privacy
-    if part.mode == "client":
-        # a site knows that it takes part: the chance that it would not have been asked hides nothing in its own book
-        noise = client_spend(job, 1).noise
-        share = math.sqrt(job.federation.min_sites) if part.noise_by == "clients" else 1.0
-        return Spend(noise / share, 1.0, 1)  # of noise that is shared out, it can vouch for its own part alone
-    held = counts[task_of(job, round)]
-    if part.delta >= 1 / held and part.noise != 0:
-        raise PrivacyError(
-            f"privacy.delta = {part.delta:g} is not below 1/{held}, one by the number of training examples: it would "
-            "allow to publish one of them",
-            hint="Lower privacy.delta",
-            code="delta",
-        )
-    rate, steps = _mechanism(job, held, budget)
-    planned = [
-        _mechanism(job, counts[task_of(job, r)], round_budget(job, r))
-        for r in range(job.federation.rounds)
-        if counts[task_of(job, r)]
-    ]
-    if part.noise is None and steps > _mechanism(job, held, round_budget(job, round))[1]:
-        raise PrivacyError(
-            f"round {round} asks for more training than the job says, and the target epsilon covers no more",
-            hint="Give privacy.noise instead of privacy.epsilon, or ask the server's operator",
-            code="beyond-job",
-        )
-    return Spend(site_noise(job, planned), rate, steps)
-
-
-def _mechanism(job: Job, held: int, budget: Budget) -> tuple[float, int]:
-    """(rate, steps) of a round's DP-SGD."""
-    size = job.train.batch_size
-    steps = count_steps(held, size, budget)
-    return sampling_rate(held, count_samples(held, size, budget), steps), steps
 
 
 def with_share(job: Job, plan: Plan, model: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> Groups:

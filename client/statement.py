@@ -44,6 +44,7 @@ def _account(name: str, entries: Sequence[Entry], cap: float, delta: float) -> d
         "accountant": "rdp",
         "cap_epsilon": _finite(cap),
         "left": None if math.isinf(cap) else max(0.0, cap - spent),
+        "unsampled": any(e.unit == "client" for e in entries),
         "converted": unit == "sample" and any(e.unit == "client" for e in entries),
         "runs": [_run(mine, delta) for mine in by_run.values()],
     }

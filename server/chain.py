@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from server.coordinator import Coordinator
 from server.outcome import Outcome, Totals
 from shared_models.job import Job
+from shared_models.privacy import Spend
 from shared_models.spec import carried
 
 
@@ -33,18 +34,17 @@ def run_stages(job: Job, make: Callable[[Job, Mapping[str, Tensor]], Coordinator
     start: dict[str, Tensor] = {}
     totals = Totals()
     reached: dict[str, Mapping[str, float]] = {}
+    spent: Mapping[str, Sequence[Spend]] = {}
     for index, step in enumerate(job.steps):
-        outcome = make(step, start).run()
+        loop = make(step, start)
+        loop.privacy.earlier = spent
+        outcome = loop.run()
+        spent = loop.privacy.spends()
         totals = added(totals, outcome.totals)
         if index + 1 < len(job.steps):
             reached[job.stages[index].name] = outcome.all_sites
             start = carried(step, job.steps[index + 1], outcome.model)
     return replace(outcome, totals=totals, stages=reached)
-
-
-def stage_run(run: str, step: Job) -> str:
-    """The id that names a stage's state at the sites."""
-    return f"{run}.{step.stage}" if step.whole.stages else run
 
 
 def stage_folder(folder: Path | None, step: Job) -> Path | None:

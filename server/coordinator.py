@@ -93,17 +93,16 @@ class Coordinator:
             self.events.emit("weights", loaded=str(self.spec.match))
         self.executor.admit(self._probe, part.min_sites, part.wait)
         self.measure_statistics()
-        if len(self.job.tasks) > 1 and not self.progress.untrained:
+        if len(self.job.tasks) > 1 and not self.progress.round:
             self.progress.untrained = self._row(0)["test"]
+        self._end_task_that_is_over()
         for round in range(self.progress.round, part.rounds):
             started = time.perf_counter()
             self._train_round_again_if_lost(round)
-            task = task_of(self.job, round)
-            if len(self.job.tasks) > 1 and task_of(self.job, round + 1) != task:
-                self._end_task(task, round)
             self.progress.round = round + 1
             self.progress.totals.seconds += time.perf_counter() - started
-            self._checkpoint()
+            self._checkpoint()  # first: what is given out of a round must not be made anew, under the same noise
+            self._end_task_that_is_over()
         return self._finish()
 
     def _train_round_again_if_lost(self, round: int) -> None:
@@ -243,6 +242,15 @@ class Coordinator:
                 self.progress.best, self.best_model = (score, round), self.state["model"]
 
     # ---- between tasks and at the end --------------------------------------------------------------------------------
+    def _end_task_that_is_over(self) -> None:
+        """Once for each task of a stream, also where the run was stopped between its last round and this."""
+        task = len(self.progress.matrix)
+        if len(self.job.tasks) > 1 and task < task_of(self.job, self.progress.round):
+            started = time.perf_counter()
+            self._end_task(task, self.progress.round - 1)
+            self.progress.totals.seconds += time.perf_counter() - started
+            self._checkpoint()
+
     def _end_task(self, task: int, round: int) -> None:
         if any(overrides(piece, "end_task") for piece in make_pieces(self.job)):
             base = self._instruction("end_task", task=task, round=round, groups=self.method.down(self.state))
@@ -329,7 +337,9 @@ class Coordinator:
 
     def _probe(self, site: str) -> Instruction:
         groups = {"start": self._left} if self._left and self.job.stage else {}
-        return replace(self._instruction("probe", document=self.spec.document, groups=groups), site=site)
+        round = self.progress.round  # so that a site can tell what is still to come of the run
+        base = self._instruction("probe", round=round, document=self.spec.document, groups=groups)
+        return replace(base, site=site)
 
     def _checkpoint(self) -> None:
         if self.folder:

@@ -12,18 +12,19 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from server.chain import run_stages, stage_folder, stage_run
+from server.chain import run_stages, stage_folder
 from server.config import ServerFolder
 from server.coordinator import Coordinator
 from server.events import Events, without_nan
 from server.flower_executor import FlowerExecutor
 from server.nodes import Roster
 from server.runs import ACTIVE, RunFolder, find_run
-from server.secret import run_secret
 from shared_models.errors import FedzooError
 from shared_models.files import write_whole
 from shared_models.flower import shorten_object_backoff
 from shared_models.job import Job
+from shared_models.schedule import stage_run
+from shared_models.secret import load_secret
 
 log = logging.getLogger("fedzoo.server")
 app = ServerApp()
@@ -51,7 +52,7 @@ def _carry(run: RunFolder, server: ServerFolder, grid: Grid) -> None:
 
         def round_loop(step: Job, start: Mapping[str, Tensor]) -> Coordinator:
             folder, executor.timeout = stage_folder(run.path, step), step.federation.round_timeout
-            secret = run_secret(run.path) if step.privacy.mode == "client" else None
+            secret = load_secret(run.secret, "the run's secret") if step.privacy.mode == "client" else None
             return Coordinator(
                 step, executor, stage_run(run.id, step), folder=folder, events=events, start=start, secret=secret
             )
@@ -64,3 +65,4 @@ def _carry(run: RunFolder, server: ServerFolder, grid: Grid) -> None:
         return
     write_whole(run.path / "result.json", json.dumps({"version": version("fedzoo"), **without_nan(outcome.document())}))
     run.write(only_from=("running",), state="done")
+    run.secret.unlink(missing_ok=True)  # nobody needs to draw that noise again

@@ -27,7 +27,9 @@ from shared_models.messages import OK, Contribution
 from shared_models.noise import derive, normal, normal_like, uniform
 from shared_models.privacy import (
     RELATIONS,
+    SHRINK,
     Spend,
+    assumptions,
     client_noise,
     client_spend,
     epsilon,
@@ -39,7 +41,7 @@ from shared_models.spec import ModelSpec
 from shared_models.sums import Groups
 
 COUNT_NOISE = 2.0  # of the noisy count below the clip, relative to the whole noise, where a cohort is small
-SHRINK = 1 - 1e-5  # of the clip: what rounding in float32 may add to a norm
+EVERY = "every site"
 
 
 class Privacy:
@@ -47,12 +49,16 @@ class Privacy:
 
     Attributes:
         state: plain data that a checkpoint holds.
+        earlier: what earlier stages of the job have spent, as `spends` says it.
     """
 
     def __init__(self, job: Job, spec: ModelSpec, secret: bytes | None = None) -> None:
         self.job, self.part = job, job.privacy
         self.secret = secret or hashlib.sha256(f"simulated secret {job.seed}".encode()).digest()
+        if job.stage:  # the rounds of each stage begin at 0
+            self.secret = derive(self.secret, "stage", job.stage)
         self.state: dict[str, Any] = {}
+        self.earlier: Mapping[str, Sequence[Spend]] = {}
 
     def cohort(self, population: Sequence[str], round: int) -> list[str]:
         """The sites of a round."""
@@ -71,6 +77,10 @@ class Privacy:
 
     def settle(self, round: int) -> None:
         """The round is done."""
+
+    def spends(self) -> dict[str, list[Spend]]:
+        """Site -> what was spent of it, from the first stage on."""
+        return {}
 
     def facts(self, sites: Sequence[str]) -> dict[str, Any]:
         """What an event says about the guarantee so far, in the order of `sites`; nothing without privacy."""
@@ -104,20 +114,24 @@ class SamplePrivacy(Privacy):
             spends[site] = [list(asdict(s).values()) for s in merged([*before, spend])]
         self._came.clear()
 
+    def spends(self) -> dict[str, list[Spend]]:
+        """Each site its own."""
+        own = {site: [Spend(*row) for row in rows] for site, rows in self.state["spends"].items()}
+        return {site: [*self.earlier.get(site, ()), *own.get(site, ())] for site in {**self.earlier, **own}}
+
     def facts(self, sites: Sequence[str]) -> dict[str, Any]:
         """Epsilon and the last noise of each site."""
-        spends = self.state["spends"]
-        noise = [spends[s][-1][0] if s in spends else None for s in sites]
+        spends = self.spends()
+        noise = [spends[s][-1].noise if s in spends else None for s in sites]
         return {**_terms(self.job), "noise": noise, "epsilon": [self._epsilon(s) for s in sites]}
 
     def summary(self) -> dict[str, Any]:
         """Epsilon of each site that trained."""
-        found = {site: self._epsilon(site) for site in sorted(self.state["spends"])}
+        found = {site: self._epsilon(site) for site in sorted(self.spends())}
         return _summary(self.job, found)
 
     def _epsilon(self, site: str) -> float:
-        spends = [Spend(*row) for row in self.state["spends"].get(site, [])]
-        return epsilon(spends, self.part.delta, self.part.accountant)
+        return epsilon(self.spends().get(site, []), self.part.delta, self.part.accountant)
 
 
 class ClientPrivacy(Privacy):
@@ -224,12 +238,15 @@ class ClientPrivacy(Privacy):
 
     def summary(self) -> dict[str, Any]:
         """The same for every site."""
-        return _summary(self.job, {"every site": self._epsilon()})
+        return _summary(self.job, {EVERY: self._epsilon()})
+
+    def spends(self) -> dict[str, list[Spend]]:
+        """One account for all."""
+        rounds = self.state["rounds"]
+        return {EVERY: [*self.earlier.get(EVERY, ()), *([client_spend(self.job, rounds)] if rounds else [])]}
 
     def _epsilon(self) -> float:
-        rounds = self.state["rounds"]
-        spends = [client_spend(self.job, rounds)] if rounds else []
-        return epsilon(spends, self.part.delta, self.part.accountant)
+        return epsilon(self.spends()[EVERY], self.part.delta, self.part.accountant)
 
 
 def split_noise(noise: float, quantile: float, count: float) -> tuple[float, float]:
@@ -328,4 +345,6 @@ def _terms(job: Job) -> dict[str, Any]:
 def _summary(job: Job, found: Mapping[str, float]) -> dict[str, Any]:
     most = max(found.values(), default=0.0)
     said = statement(job.privacy.mode, most, job.privacy.delta, job.privacy.accountant)
+    if job.privacy.mode == "client" and math.isfinite(most):
+        said = f"{said}; assumes that {' and that '.join(assumptions(job))}"
     return {**_terms(job), "epsilon": dict(found), "statement": said}

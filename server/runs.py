@@ -1,6 +1,6 @@
 """A run is ours: a folder with its own id. A Flower run is a lease on it, replaced when it is lost.
 
-runs/<id>/  job.toml  status.json  events.jsonl  checkpoint/  model.safetensors  result.json
+runs/<id>/  job.toml  status.json  events.jsonl  checkpoint/  model.safetensors  result.json  secret
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ class RunFolder:
     def id(self) -> str:
         """The folder's name."""
         return self.path.name
+
+    @property
+    def secret(self) -> Path:
+        """What the server's noise is drawn from, where it hides a site; see `shared_models.secret`."""
+        return self.path / "secret"
 
     def checkpointed(self) -> int:
         """The rounds that are done by the checkpoint, or by those of all stages."""

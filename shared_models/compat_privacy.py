@@ -113,9 +113,9 @@ PRIVACY_RULES: tuple[Rule, ...] = (
         "'{job.privacy.mode}' guarantees; give data.mean and data.std",
     ),
     (
-        lambda job: _on(job) and bool(job.stages),
-        "[[stages]] read the same examples in each stage, and privacy.epsilon would be that of one stage alone; train "
-        "each stage as a job of its own, the site's ledger adds them up",
+        lambda job: _on(job) and bool(job.stages) and job.privacy.noise is None,
+        "privacy.epsilon is the target of one training, and [[stages]] are several on the same examples, each with "
+        "steps and rates of its own; give privacy.noise: what all stages spend is added up, `fedzoo privacy` tells it",
     ),
     (
         lambda job: _on(job) and _pieces(job, "answer"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -20,6 +20,8 @@ from shared_models.job import Job
 
 Accountant = Literal["rdp", "prv"]
 MAX_NOISE = 1e6
+SHRINK = 1 - 1e-5  # of the clip: what rounding in float32 may add to a norm
+PRV_LIMIT = 100.0  # of epsilon: PRV's grid grows with it, and what is above protects nobody
 RELATIONS = {"sample": "one training example added or removed", "client": "one site added or removed with all its data"}
 
 
@@ -47,7 +49,10 @@ def merged(spends: Iterable[Spend]) -> list[Spend]:
 
 
 def epsilon(spends: Sequence[Spend], delta: float, accountant: Accountant = "rdp") -> float:
-    """Epsilon at `delta` of all of them one after another; 0 for none, infinite where a step has no noise."""
+    """Epsilon at `delta` of all of them one after another; 0 for none, infinite where a step has no noise.
+
+    With `prv`, one above 100 by Renyi orders stays what these say: a bound too, and PRV's would take gigabytes.
+    """
     found = merged(spends)
     if not found:
         return 0.0
@@ -65,16 +70,15 @@ def _epsilon(spends: tuple[Spend, ...], delta: float, accountant: Accountant) ->
     # that the best order is at the end of the range (the bound holds, if not the least), and the logarithm of 1 - q = 0
     with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.filterwarnings("ignore", message="Optimal order is the")
-        if accountant == "rdp":
-            total = sum(_renyi(s.noise, s.rate) * s.steps for s in spends)
-            found, _ = get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta)
-        else:
+        total = sum(_renyi(s.noise, s.rate) * s.steps for s in spends)
+        found, _ = get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta)
+        if accountant == "prv" and found <= PRV_LIMIT:
             from opacus.accountants import create_accountant
 
             book = create_accountant(mechanism=accountant)
             book.history = [(s.noise, s.rate, s.steps) for s in spends]
             found = book.get_epsilon(delta=delta)
-    return max(0.0, float(found))
+    return math.inf if math.isnan(found) else max(0.0, float(found))
 
 
 @lru_cache(maxsize=4096)
@@ -158,11 +162,44 @@ def client_spend(job: Job, rounds: int) -> Spend:
     return Spend(client_noise(job) / scale, rate, steps)
 
 
+def assumptions(job: Job) -> list[str]:
+    """What has to hold for that epsilon; where a site's own ledger cannot count on it, that is said."""
+    part, fraction = job.privacy, job.federation.fraction
+    if part.noise_by == "clients":
+        trust = (
+            f"{job.federation.min_sites} or more sites add their shares of the noise, and only their sum is seen, by "
+            "one who added none (a site's own ledger counts its share alone)"
+        )
+    else:
+        trust = "the server is trusted with the updates and adds the noise"
+    if part.mechanism == "ftrl":
+        turn = f"every site has its turn once in {turns(job)} rounds ({levels(job)} nodes of a tree); no sampling"
+    elif fraction < 1:
+        turn = (
+            f"each site takes part by chance ({fraction:g}), and who did is known to the server alone (a site's own "
+            "ledger counts its rounds without that chance)"
+        )
+    else:
+        turn = "every site takes part in every round; no amplification by sampling"
+    return [trust, turn]
+
+
 # ---- how it is said --------------------------------------------------------------------------------------------------
 def bound(value: float) -> str:
     """Three significant digits, rounded up: what is shown is never less than what was spent."""
+    return _short(value, lambda scaled: math.ceil(scaled * (1 - 1e-12)))
+
+
+def rest(value: float) -> str:
+    """Three significant digits, rounded down: what is shown is never more than what is left."""
+    return _short(value, lambda scaled: math.floor(scaled * (1 + 1e-12)))
+
+
+def _short(value: float, whole: Callable[[float], int]) -> str:
+    if math.isinf(value):
+        return "infinite"
     digits = 2 - math.floor(math.log10(value)) if value > 0 else 2
-    text = f"{math.ceil(value * 10.0**digits * (1 - 1e-12)) / 10.0**digits:.{max(digits, 0)}f}"
+    text = f"{whole(value * 10.0**digits) / 10.0**digits:.{max(digits, 0)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 

@@ -1,4 +1,4 @@
-"""Which task a round belongs to, and how much a site trains in it: functions of the job alone, known to both sides."""
+"""Which task a round belongs to, how much a site trains in it, and how a stage is called: known to both sides."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def round_budget(job: Job, round: int) -> Budget:
     rounds = job.federation.rounds
     own = sum(task_of(job, r) == task_of(job, round) for r in range(rounds)) if len(job.tasks) > 1 else rounds
     return Budget(epochs=job.train.epochs * rounds / own)
+
+
+def stage_run(run: str, step: Job) -> str:
+    """The id that names a stage's state and its booked rounds at the sites."""
+    return f"{run}.{step.stage}" if step.whole.stages else run

@@ -23,7 +23,7 @@ from torch import Tensor
 from client.readers.base import Splits
 from client.trainer import count_samples
 from client.workbench import Benches
-from server.chain import run_stages, stage_folder, stage_run
+from server.chain import run_stages, stage_folder
 from server.coordinator import Coordinator
 from server.events import Events, Listener
 from server.outcome import Outcome, Totals
@@ -32,7 +32,7 @@ from shared_models.errors import ConfigError
 from shared_models.job import Job
 from shared_models.messages import Budget
 from shared_models.registry import Registry
-from shared_models.schedule import round_budget, task_of
+from shared_models.schedule import round_budget, stage_run, task_of
 from shared_models.tasks.base import make_task
 from simulations.engines.inprocess import InProcess
 from simulations.partition import SitePopulation
@@ -240,7 +240,7 @@ def _side_by_side(spent: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """What sites spent that never met: each its own; the statement is that of the one that spent most."""
     if not spent[0]:
         return {}
-    most = max(spent, key=lambda one: max(one["epsilon"].values()))
+    most = max(spent, key=lambda one: max(one["epsilon"].values(), default=0.0))
     return {**most, "epsilon": {site: value for one in spent for site, value in one["epsilon"].items()}}
 
 

@@ -6,13 +6,35 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from client.protection import round_spend
+from client.spending import planned
 from shared_models.errors import ConfigError
 from shared_models.job import Job
-from shared_models.privacy import RELATIONS, Spend, bound, client_spend, epsilon, levels, statement, turns
-from shared_models.schedule import round_budget, task_of
+from shared_models.privacy import RELATIONS, Spend, assumptions, bound, client_spend, epsilon, statement
 
 SHOWN = 10  # rounds whose epsilon is printed
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A training of the job: the only one, or a stage.
+
+    Attributes:
+        name: of the stage; empty where there are none.
+        each: what one round spends.
+        rounds: how many.
+    """
+
+    name: str
+    each: Spend
+    rounds: int
+
+    def line(self) -> str:
+        """For a person."""
+        return (
+            f"{f'stage {self.name}: ' if self.name else ''}noise multiplier {self.each.noise:.4g}, sampling rate "
+            f"{self.each.rate:.4g}, {self.each.steps} {'step' if self.each.steps == 1 else 'steps'} a round, "
+            f"{self.rounds} rounds"
+        )
 
 
 @dataclass(frozen=True)
@@ -21,15 +43,15 @@ class Cost:
 
     Attributes:
         unit: `sample` or `client`.
-        each: what one round spends.
-        epsilon: after each round.
+        stages: one, or as many as the job has.
+        epsilon: after each round, over all stages.
         assumes: what has to hold for it.
     """
 
     unit: str
     delta: float
     accountant: str
-    each: Spend
+    stages: Sequence[Phase]
     epsilon: Sequence[float]
     assumes: Sequence[str]
 
@@ -43,8 +65,7 @@ class Cost:
         rounds = sorted({1, count, *(round(count * i / SHOWN) for i in range(1, SHOWN + 1))} - {0})
         return [
             statement(self.unit, self.epsilon[-1], self.delta, self.accountant),
-            f"noise multiplier {self.each.noise:.4g}, sampling rate {self.each.rate:.4g}, "
-            f"{self.each.steps} {'step' if self.each.steps == 1 else 'steps'} a round, {count} rounds",
+            *(phase.line() for phase in self.stages),
             *(f"assumes: {text}" for text in self.assumes),
             "epsilon after round " + ", ".join(f"{r}: {bound(self.epsilon[r - 1])}" for r in rounds),
         ]
@@ -61,36 +82,36 @@ def cost(job: Job, examples: int | None) -> Cost:
         ConfigError: the job has no privacy, or the number of examples is needed.
         PrivacyError: no noise meets the target.
     """
-    part, rounds = job.privacy, job.federation.rounds
+    part = job.privacy
     if part.mode == "none":
         raise ConfigError(f"job '{job.name}' has no differential privacy", hint="Set privacy.mode, e.g. --set ...")
-    terms = (part.mode, part.delta, part.accountant)
-    if part.mode == "client":
-        curve = [epsilon([client_spend(job, r)], part.delta, part.accountant) for r in range(1, rounds + 1)]
-        return Cost(*terms, client_spend(job, 1), curve, _client_assumptions(job))
-    if not examples:
+    if part.mode == "sample" and not examples:
         raise ConfigError("epsilon per sample depends on a site's examples", hint="Say how many: --examples 600")
+    before: list[Spend] = []
+    curve: list[float] = []
+    stages: list[Phase] = []
+    for step in job.steps:
+        spent = _so_far(step, examples or 0)
+        curve += [epsilon([*before, *spends], part.delta, part.accountant) for spends in spent]
+        before += spent[-1]
+        name = job.stages[step.stage].name if job.stages else ""
+        stages.append(Phase(name, spent[0][0], len(spent)))
+    assumes = (
+        [text for step in job.steps for text in assumptions(step)]
+        if part.mode == "client"
+        else [
+            f"the site has {examples} training examples, which is public, and takes part in every round",
+            "each example is in a step on its own with that rate, drawn from the site's secret",
+        ]
+    )
+    return Cost(part.mode, part.delta, part.accountant, stages, curve, list(dict.fromkeys(assumes)))
+
+
+def _so_far(job: Job, examples: int) -> list[list[Spend]]:
+    """What is spent after each round of one training."""
+    if job.privacy.mode == "client":
+        return [[client_spend(job, r)] for r in range(1, job.federation.rounds + 1)]
     tasks = len(job.tasks)
     counts = [examples * (t + 1) // tasks - examples * t // tasks for t in range(tasks)]
-    spends = [round_spend(job, r, round_budget(job, r), counts) for r in range(rounds) if counts[task_of(job, r)]]
-    curve = [epsilon(spends[: r + 1], part.delta, part.accountant) for r in range(len(spends))]
-    assumes = [
-        f"the site has {examples} training examples, which is public, and takes part in every round",
-        "each example is in a step on its own with that rate, drawn from the site's secret",
-    ]
-    return Cost(*terms, spends[0], curve, assumes)
-
-
-def _client_assumptions(job: Job) -> list[str]:
-    part, fraction = job.privacy, job.federation.fraction
-    if part.noise_by == "clients":
-        trust = f"{job.federation.min_sites} or more sites add their shares, and only their sum is seen"
-    else:
-        trust = "the server is trusted with the updates and adds the noise"
-    if part.mechanism == "ftrl":
-        turn = f"every site has its turn once in {turns(job)} rounds ({levels(job)} nodes of a tree); no sampling"
-    elif fraction < 1:
-        turn = f"each site takes part by chance ({fraction:g}), and who did is known to the server alone"
-    else:
-        turn = "every site takes part in every round; no amplification by sampling"
-    return [trust, turn]
+    spends = list(planned(job, counts).values())
+    return [spends[: r + 1] for r in range(len(spends))]

@@ -16,12 +16,12 @@ from client.ledger import DiskLedger
 from client.policy import Policy
 from client.protection import Protection
 from client.readers.base import Splits
-from client.secret import load_secret
 from client.state import DiskState
 from client.workbench import Benches
 from shared_models.job import Job
 from shared_models.messages import Contribution, Instruction
 from shared_models.privacy import Spend
+from shared_models.secret import load_secret
 from shared_models.spec import build_model
 from shared_models.wire import digest, encode_contribution
 

@@ -22,7 +22,7 @@ from client.config import ClientConfig
 from client.ledger import DiskLedger, Entry, Ledger, MemoryLedger, composed, open_ledger, spent
 from client.logbook import Logbook
 from shared_models.errors import PrivacyError
-from shared_models.privacy import Spend, epsilon
+from shared_models.privacy import Spend, bound, epsilon
 
 ROOT = Path(__file__).resolve().parents[2]
 DELTA = 1e-5
@@ -125,7 +125,7 @@ def test_jobs_restarts_and_the_order_of_entries_make_one_sum(make: Make) -> None
 
 def test_no_noise_spends_everything() -> None:
     assert spent([entry(Spend(0.0, 0.5, 1))], DELTA) == math.inf
-    assert refusal(lambda: book(MemoryLedger(1e9), 0, Spend(0.0, 0.5, 1)), "to epsilon inf") == "privacy-cap"
+    assert refusal(lambda: book(MemoryLedger(1e9), 0, Spend(0.0, 0.5, 1)), "to epsilon infinite") == "privacy-cap"
 
 
 def test_units() -> None:
@@ -164,7 +164,7 @@ def test_the_message_says_all_that_belongs_to_an_epsilon() -> None:
         book(MemoryLedger(0.1), 4, job="demo")
     assert str(caught.value) == (
         "round 4 of run 'r' of job 'demo' would bring data set 'd' to epsilon "
-        f"{spent([entry(STEP)], DELTA):.4g} at delta 1e-05 (unit: sample; neighbours: one training example added or "
+        f"{bound(spent([entry(STEP)], DELTA))} at delta 1e-05 (unit: sample; neighbours: one training example added or "
         "removed), above this site's cap of 0.1. Nothing was trained. `fedzoo client ledger show` lists what was "
         "spent; the cap is cap_epsilon in [privacy] of client.toml"
     )

@@ -15,7 +15,7 @@ from client.cli import app
 from client.config import ClientConfig, NodeFolder, load, save
 from client.ledger import DiskLedger, open_ledger
 from shared_models.errors import ConfigError, PrivacyError
-from shared_models.privacy import Spend, epsilon
+from shared_models.privacy import Spend, bound, epsilon, rest
 
 SAMPLE, CLIENT = Spend(1.0, 0.02, 10), Spend(8.0, 0.5, 1)
 
@@ -70,12 +70,12 @@ def test_two_jobs_on_one_data_set(node: Path) -> None:
         f"ledger {node}/ledger/entries.log\n"
         "\n"
         "data set /data/chest  (read by this node)\n"
-        f"  epsilon {all_:.4g} {unit}; cap 8, left {8 - all_:.4g}\n"
+        f"  epsilon {bound(all_)} {unit}; cap 8, left {rest(8 - all_)}\n"
         "  run r1, site a, job demo: 3 rounds (0 to 2)\n"
-        f"    alone epsilon {first:.4g} {unit}\n"
+        f"    alone epsilon {bound(first)} {unit}\n"
         "    noise 1, sampling rate 0.02, 30 steps\n"
         "  run r2, site a, job unknown: 1 round (0)\n"
-        f"    alone epsilon {last:.4g} {unit}\n"
+        f"    alone epsilon {bound(last)} {unit}\n"
         "    noise 1, sampling rate 0.02, 10 steps\n"
         "    1 booked and not answered; counted all the same\n"
     )
@@ -84,11 +84,14 @@ def test_two_jobs_on_one_data_set(node: Path) -> None:
 def test_units_do_not_mix_in_silence(node: Path) -> None:
     book(node, 0, "c", CLIENT, unit="client")
     assert "unit client (neighbours: one site added or removed with all its data); cap 8" in show(node)
+    assert "rounds with unit client count here without sampling; a job's own epsilon may count on it\n" in show(node)
     book(node, 0, "s")
     text = show(node)
+    assert "a job's own epsilon may count" not in text
     both = epsilon([SAMPLE, Spend(4.0, 1.0, 1)], 1e-5)
     assert (
-        f"  epsilon {both:.4g} at delta 1e-05, unit sample (neighbours: one training example added or removed)" in text
+        f"  epsilon {bound(both)} at delta 1e-05, unit sample (neighbours: one training example added or removed)"
+        in text
     )
     assert "rounds with unit client count here at half their noise and without sampling" in text
 
@@ -122,6 +125,7 @@ def test_json(node: Path) -> None:
         "accountant": "rdp",
         "cap_epsilon": 0.5,
         "left": max(0.0, 0.5 - both),
+        "unsampled": False,
         "converted": False,
     }
     assert mine["runs"] == [
@@ -152,6 +156,17 @@ def test_what_is_infinite_is_null_and_said(node: Path) -> None:
     configure(node)
     (mine,) = json.loads(show(node, "--json"))["datasets"]
     assert (mine["epsilon"], mine["cap_epsilon"], mine["left"]) == (None, 8.0, 0.0)
+
+
+def test_what_is_shown_is_never_less_than_spent_nor_more_than_left(node: Path) -> None:
+    configure(node, cap_epsilon=8.0)
+    for round in range(7):
+        book(node, round, spend=Spend(1.1 + round, 0.31, 3 + round))
+        (mine,) = json.loads(show(node, "--json"))["datasets"]
+        told = re.search(r"  epsilon (\S+) at .*, left (\S+)", show(node))
+        assert told is not None
+        assert mine["epsilon"] <= float(told[1]) <= mine["epsilon"] * 1.01
+        assert mine["left"] * 0.99 <= float(told[2]) <= mine["left"]
 
 
 def test_names_cannot_write_to_the_terminal(node: Path) -> None:

@@ -14,14 +14,16 @@ from scipy import stats
 from client.handler import Handler
 from client.policy import Policy
 from client.private import Plan, PrivateSteps, add_clipped, clip_factors, sampling_rate, simulated_secret
-from client.protection import Protection, round_spend
+from client.protection import Protection
 from client.readers.base import Examples, Splits
+from client.spending import round_spend
 from client.state import MemoryState
 from client.trainer import count_samples, count_steps, train
 from client.workbench import Benches, Workbench
 from shared_models.errors import PrivacyError
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction
+from shared_models.methods.base import Method
 from shared_models.noise import derive, normal
 from shared_models.privacy import Spend, epsilon
 from shared_models.spec import build_model
@@ -268,14 +270,15 @@ def test_what_the_server_has_does_not_give_the_noise(make_job: MakeJob, make_spl
     assert float(drawn.norm()) > 0.5 * float((flat(one) - flat(other)).norm()), "as far off as any other guess"
 
 
-@pytest.mark.parametrize("change", ["round", "task-model", "site", "run", "kept"])
+@pytest.mark.parametrize("change", ["round", "task", "model", "site", "run", "kept"])
 def test_no_two_different_rounds_share_their_noise(make_job: MakeJob, make_splits: MakeSplits, change: str) -> None:
     job = make_job(privacy={"mode": "sample", "noise": 1.0})
     protection = Protection("s", secret=lambda job: b"a" * 32)
     base = Instruction("train", "r", "s", job, "f", rounds=2, groups={"model": {"w": torch.zeros(2)}})
     others = {
         "round": replace(base, round=1),
-        "task-model": replace(base, run="q", groups={"model": {"w": torch.ones(2)}}),
+        "task": replace(base, task=1),
+        "model": replace(base, groups={"model": {"w": torch.ones(2)}}),
         "site": base,
         "run": replace(base, run="q"),
         "kept": base,
@@ -335,6 +338,33 @@ def test_delta_must_be_below_one_by_the_examples(make_job: MakeJob) -> None:
         round_spend(job, 0, Budget(epochs=1), [25])
 
 
+def test_fewer_steps_that_cost_more_are_beyond_the_target(make_job: MakeJob) -> None:
+    """100 examples by 32: an epoch is 4 steps with rate 0.25, all but four of it 3 steps with rate 0.32."""
+    job = make_job(privacy={"mode": "sample", "epsilon": 2.0}, train={"batch_size": 32})
+    planned = round_spend(job, 0, Budget(epochs=1), [100])
+    assert (planned.rate, planned.steps) == (0.25, 4)
+    assert round_spend(job, 0, Budget(epochs=0.5), [100]).steps == 2
+    assert epsilon([Spend(planned.noise, 0.32, 3)], 1e-5) > epsilon([planned], 1e-5)
+    with pytest.raises(PrivacyError, match="asks for more training than the job says"):
+        round_spend(job, 0, Budget(epochs=0.96), [100])
+
+
+@pytest.mark.parametrize("round", [-1, 2, 1000])
+@pytest.mark.parametrize("mode", ["sample", "client"])
+def test_a_round_that_the_job_does_not_have(make_job: MakeJob, round: int, mode: str) -> None:
+    job = make_job(privacy={"mode": mode, "noise": 1.0}, method={"name": "fedavg", "weighting": "uniform"})
+    with pytest.raises(PrivacyError, match=f"round {round} is asked for, and job 'test' has rounds 0 to 1") as error:
+        round_spend(job, round, Budget(epochs=1), [30])
+    assert error.value.code == "beyond-job"
+
+
+def test_delta_is_that_of_all_examples_of_a_stream(make_job: MakeJob) -> None:
+    job = make_job(privacy={"mode": "sample", "noise": 1.0, "delta": 0.04}, time="continual", stream={"tasks": 2})
+    assert round_spend(job, 0, Budget(epochs=1), [12, 12]).noise == 1.0
+    with pytest.raises(PrivacyError, match="is not below 1/25"):
+        round_spend(job, 0, Budget(epochs=1), [12, 13])
+
+
 # ---- noise by the clients --------------------------------------------------------------------------------------------
 def shares(make_job: MakeJob, **privacy: Any) -> Job:
     return make_job(
@@ -353,6 +383,27 @@ def test_a_client_adds_its_share_to_its_clipped_update(make_job: MakeJob, make_s
     low, high = stats.chi2.ppf([ERROR / 2, 1 - ERROR / 2], len(noise))
     assert low < float((noise**2).sum()) < high
     assert round_spend(job, 0, Budget(epochs=1), [30]) == Spend(1.5, 1.0, 1), "what it can vouch for alone"
+
+
+def test_a_term_that_is_silent_at_first_is_compared_again(make_job: MakeJob, make_splits: MakeSplits) -> None:
+    """A pull to where the round began has no gradient there; hooks do not see it, and must not be kept for later."""
+
+    class Pull(Method):
+        name = "pull"
+
+        def loss(self, params: Any, batch: Batch, outputs: torch.Tensor, round_state: Any) -> torch.Tensor:
+            terms = [((params[n] - t) ** 2).sum() for n, t in round_state["model"].items()]
+            return torch.stack(terms).sum().expand(len(batch))
+
+    data = make_splits(1, count=8).train
+    bench = Workbench(make_job(privacy={"mode": "sample", "noise": 1.0, "gradients": "hooks"}), CPU)
+    bench.to_training()
+    here = {n: p.detach().clone() for n, p in bench.trained.items()}
+    away = {n: t + 0.1 for n, t in here.items()}
+    pull = Pull(None)  # type: ignore[arg-type]
+    PrivateSteps(bench, data, Plan(Spend(1.0, 0.5, 1), b"k" * 32), [(pull, {"model": here})])
+    with pytest.raises(PrivacyError, match="per-sample gradients by 'hooks' differ from those of a one-sample loop"):
+        PrivateSteps(bench, data, Plan(Spend(1.0, 0.5, 1), b"k" * 32), [(pull, {"model": away})])
 
 
 def test_a_site_books_a_round_without_the_chance_that_it_was_not_asked(make_job: MakeJob) -> None:

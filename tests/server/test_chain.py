@@ -16,13 +16,14 @@ from client.policy import Policy
 from client.readers.base import Examples, Splits, Store
 from client.state import DiskState, MemoryState
 from client.workbench import Benches, Workbench
-from server.chain import run_stages, stage_folder, stage_run
+from server.chain import run_stages, stage_folder
 from server.coordinator import Coordinator
 from server.outcome import Outcome
 from shared_models.errors import ConfigError
 from shared_models.job import Job
 from shared_models.job_parts import DataPart
 from shared_models.messages import Instruction
+from shared_models.schedule import stage_run
 from shared_models.spec import build_model, carried
 from shared_models.wire import decode_instruction, encode_instruction
 from simulations.engines.inprocess import InProcess

@@ -19,11 +19,10 @@ from client.workbench import Benches
 from server.coordinator import Coordinator
 from server.events import Events
 from server.privacy import ClientPrivacy, TreePrivacy, make_privacy, nodes, split_noise
-from server.secret import run_secret
 from shared_models.checks import check_contribution
 from shared_models.errors import CompatibilityError, Rejected, RunError
 from shared_models.job import Job
-from shared_models.messages import Contribution, Instruction
+from shared_models.messages import Contribution, Instruction, refusal
 from shared_models.noise import derive, normal, normal_like
 from shared_models.privacy import Spend, client_spend, epsilon, levels
 from shared_models.spec import build_model
@@ -294,23 +293,43 @@ def test_a_resumed_run_has_the_same_bits_and_the_same_account(
     assert again.privacy.summary() == whole.privacy.summary()
 
 
+def test_what_a_task_of_a_stream_gave_out_is_not_made_anew_under_the_same_noise(
+    client_job: MakeJob, sites: dict[str, Splits], tmp_path: Path
+) -> None:
+    """Stopped when a task's model has left for its test: the round was over, whoever would come to it now.
+
+    Two means under one noise would differ by what one site did, without any noise.
+    """
+
+    class Watched(InProcess):
+        """Notes the models that are measured, and stops at the first; later the site c does not train any more."""
+
+        def __init__(self, stop: bool) -> None:
+            super().__init__(list(sites), sites.__getitem__, Benches(torch.device("cpu")))
+            self.stop, self.given = stop, []  # type: ignore[var-annotated]
+
+        def run(self, instructions: Iterable[Instruction]) -> Iterator[Contribution]:
+            for asked in instructions:
+                if asked.kind == "evaluate":
+                    self.given.append({n: t.clone() for n, t in asked.groups["model"].items()})
+                    if self.stop:
+                        raise Crash
+                lost = not self.stop and asked.kind == "train" and asked.site == "c"
+                yield refusal(asked, "exception") if lost else self.handler(asked.site).handle(asked)
+
+    job = client_job({"noise": 0.5}, time="continual", stream={"tasks": 2}, federation={"rounds": 2})
+    first, second = Watched(stop=True), Watched(stop=False)
+    with pytest.raises(Crash):
+        Coordinator(job, first, "run", folder=tmp_path, secret=b"q" * 32).run()
+    Coordinator(job, second, "run", folder=tmp_path, secret=b"q" * 32).run()
+    assert all(torch.equal(second.given[0][n], t) for n, t in first.given[0].items())
+
+
 def test_the_job_and_its_seed_do_not_give_the_server_s_noise(client_job: MakeJob, sites: dict[str, Splits]) -> None:
     job = client_job()
     one, same, other = (coordinate(job, sites, secret=s * 32).state["model"] for s in (b"a", b"a", b"b"))
     assert all(torch.equal(same[n], t) for n, t in one.items())
     assert not any(torch.equal(other[n], t) for n, t in one.items())
-
-
-def test_a_run_s_secret_lies_in_its_folder_for_its_owner_alone(tmp_path: Path) -> None:
-    found = run_secret(tmp_path)
-    assert len(found) == 32
-    assert run_secret(tmp_path) == found
-    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
-    (tmp_path / "other").mkdir()
-    assert run_secret(tmp_path / "other") != found
-    (tmp_path / "secret").write_bytes(b"short")
-    with pytest.raises(RunError, match="has 5 bytes instead of 32"):
-        run_secret(tmp_path)
 
 
 def test_no_noise_and_no_clip_are_the_plain_run_bit_for_bit(
@@ -359,6 +378,19 @@ def test_epsilon_of_a_site_as_the_unit_stands_in_the_events(client_job: MakeJob,
     assert [t["epsilon"] for t in told] == [epsilon([client_spend(job, r)], 1e-5) for r in (1, 2, 3, 4)]
     assert all((t["unit"], t["rate"], t["mechanism"]) == ("client", 0.4, "gaussian") for t in told)
     assert outcome.privacy["epsilon"] == {"every site": told[-1]["epsilon"]}
+    assert outcome.privacy["statement"].endswith(
+        "(RDP accountant); assumes that the server is trusted with the updates and adds the noise and that each site "
+        "takes part by chance (0.4), and who did is known to the server alone (a site's own ledger counts its rounds "
+        "without that chance)"
+    )
+    shared = Coordinator(client_job({"noise_by": "clients"}), Fragile(sites, -1), "run").run().privacy["statement"]
+    assert (
+        "assumes that 1 or more sites add their shares of the noise, and only their sum is seen, by one who added none"
+        in shared
+    )
+    assert "(a site's own ledger counts its share alone) and that every site takes part in every round" in shared
+    silent = Coordinator(client_job({"noise": 0}), Fragile(sites, -1), "run").run().privacy["statement"]
+    assert silent == "no differential privacy (unit client: the noise is 0)"
 
 
 def test_without_privacy_nothing_is_said(make_job: MakeJob, sites: dict[str, Splits]) -> None:

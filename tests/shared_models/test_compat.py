@@ -101,9 +101,9 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {**SAMPLE, "data": {"mean": [0.2], "std": [0.3]}},
     ),
     (
-        "[[stages]] read the same examples in each stage, and privacy.epsilon would be that of one stage alone",
+        "privacy.epsilon is the target of one training, and [[stages]] are several on the same examples",
+        {**STAGES, "privacy": {"mode": "sample", "epsilon": 3.0}},
         {**SAMPLE, **STAGES},
-        STAGES,
     ),
     (
         "method 'lloyd' sends sums of examples without noise, and privacy.mode = 'sample' has none for them",

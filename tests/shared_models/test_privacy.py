@@ -26,6 +26,7 @@ from shared_models.privacy import (
     find_noise,
     levels,
     merged,
+    rest,
     statement,
     turns,
 )
@@ -76,6 +77,19 @@ def test_prv_without_sampling_is_the_exact_gaussian_curve(noise: float, steps: i
 
     exact = brentq(lambda e: delta(e) - 1e-5, 0, 50)
     assert exact <= found <= exact + 0.03
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.2])
+def test_prv_of_what_protects_nobody_is_bounded_by_rdp(noise: float) -> None:
+    """Its grid grows with epsilon, to gigabytes here; Renyi orders bound the same epsilon in no memory at all."""
+    spends = [Spend(noise, 0.5, 100)]
+    assert epsilon(spends, 1e-5, "prv") == epsilon(spends, 1e-5) > 100
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+def test_an_epsilon_that_is_no_number_counts_as_infinite(accountant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opacus.accountants.analysis.rdp.get_privacy_spent", lambda **_: (math.nan, 2.0))
+    assert epsilon([Spend(1.2345, 0.5, 1)], 1e-5, accountant) == math.inf
 
 
 def test_order_and_pieces_do_not_matter_and_more_costs_more() -> None:
@@ -146,6 +160,9 @@ def test_a_guarantee_is_never_said_without_its_terms() -> None:
         1231: "1240",
     }
     assert {value: bound(value) for value in shown} == shown
+    left = {2.349: "2.34", 2.34: "2.34", 0.01209: "0.012", 123.9: "123", 0.0: "0", 1239: "1230", math.inf: "infinite"}
+    assert {value: rest(value) for value in left} == left
+    assert bound(math.inf) == "infinite"
     assert "one site added or removed" in statement("client", 1.0, 1e-5, "prv")
     assert statement("sample", math.inf, 1e-5, "rdp").startswith("no differential privacy")
     assert statement("sample", None, 1e-5, "rdp").startswith("no differential privacy")
@@ -163,6 +180,10 @@ def test_a_guarantee_is_never_said_without_its_terms() -> None:
         ({"mode": "client", "noise": 1.0, "gradients": "loop"}, "gradients means nothing in mode 'client'"),
         ({"mode": "client", "noise": 0, "clip": 0, "quantile": 0.5}, "quantile needs a clip to begin with"),
         ({"mode": "client", "noise": 1.0, "delta": 0}, "greater than 0"),
+        ({"mode": "sample", "noise": math.inf}, "finite number"),
+        ({"mode": "sample", "epsilon": math.inf}, "finite number"),
+        ({"mode": "client", "noise": 1.0, "clip": math.inf}, "finite number"),
+        ({"mode": "client", "noise": 1.0, "quantile": 0.5, "clip_rate": math.inf}, "finite number"),
     ],
 )
 def test_what_means_nothing_is_refused(part: dict[str, object], reason: str) -> None:

@@ -65,6 +65,14 @@ def test_a_site_is_protected_among_others_and_a_lone_model_is_said_to_be_unprote
     assert variant(a_job(*CLIENT), "isolated", "offline", 0).privacy.mode == "none"
 
 
+def test_a_site_that_was_never_taken_has_spent_nothing() -> None:
+    found = compared(a_job("federation.fraction=0.3", "federation.rounds=1"), ("isolated",)).cells[0]
+    assert found.error is None
+    assert found.privacy is not None
+    assert len(found.privacy.epsilon) == 1
+    assert found.privacy.statement.startswith("epsilon 7.9") or found.privacy.statement.startswith("epsilon 8 ")
+
+
 def test_without_privacy_the_report_is_as_it_was() -> None:
     job = Job.load(EXAMPLE, [*SHORT, "privacy.mode=sample"]).replace(
         privacy={"mode": "none", "epsilon": 0, "delta": 1e-5}
@@ -112,13 +120,15 @@ def test_a_job_s_cost_before_it_runs_is_what_it_spends(tmp_path: Path) -> None:
     examples = rounds[0]["examples"][0]
     found = cost(job, examples)
     assert found.epsilon == pytest.approx([e["privacy"]["epsilon"][0] for e in rounds])
-    assert found.each.noise == rounds[0]["privacy"]["noise"][0]
+    assert found.stages[0].each.noise == rounds[0]["privacy"]["noise"][0]
     assert re.match(TERMS, found.lines()[0])
     client = cost(a_job(*CLIENT), None)
     assert client.epsilon[-1] <= 8.0
     assert "the server is trusted with the updates" in client.lines()[2]
     ftrl = cost(a_job(*CLIENT, "privacy.mechanism=ftrl", "federation.fraction=0.34"), None)
     assert ftrl.assumes[1] == "every site has its turn once in 3 rounds (2 nodes of a tree); no sampling"
+    silent = cost(a_job("privacy.epsilon=0", "privacy.noise=0"), 100)
+    assert silent.lines()[-1] == "epsilon after round 1: infinite, 2: infinite, 3: infinite"
     with pytest.raises(ConfigError, match="Say how many: --examples 600"):
         cost(job, None)
     with pytest.raises(ConfigError, match="has no differential privacy"):

@@ -1,4 +1,4 @@
-"""The node's secret: made once, whole or not at all, for this user alone."""
+"""A secret: made once, whole or not at all, for this user alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from client.secret import load_secret
 from shared_models.errors import PrivacyError
+from shared_models.secret import load_secret
 
 
 def test_made_at_first_use_and_then_always_the_same(tmp_path: Path) -> None:
@@ -58,6 +58,13 @@ def test_one_that_others_may_touch_is_refused(tmp_path: Path, mode: int) -> None
     assert caught.value.code == "secret"
     path.chmod(0o600)
     load_secret(path)
+
+
+def test_the_message_says_whose_it_is(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"short")
+    (tmp_path / "secret").chmod(0o600)
+    with pytest.raises(PrivacyError, match=r"^the run's secret .*/secret has 5 bytes instead of 32"):
+        load_secret(tmp_path / "secret", "the run's secret")
 
 
 @pytest.mark.parametrize("size", [0, 1, 31, 33, 10_000])
