@@ -43,13 +43,13 @@ def simulate(job: JobFile, set: Set = None, out: Out = None, skip_bad: SkipBad =
 
     resolved = Job.load(job, set or ())
     sites = load_sites(resolved, job.parent, skip_bad)
-    _say(resolved, sites.store.skipped)
+    say(resolved, sites.store.skipped)
     if resolved.place == "federated":
         require_enough(resolved, sites)
-    folder = _folder(out, resolved.name)
+    folder = new_folder(out, resolved.name)
     rounds = count_rounds(resolved, sites, [(resolved.place, resolved.time)], 1)
     with progress(rounds, quiet=as_json) as listen:
-        comparison = run_one(resolved, sites, folder, _command(), listen)
+        comparison = run_one(resolved, sites, folder, command_line(), listen)
     _leave(comparison, folder, as_json)
 
 
@@ -73,10 +73,10 @@ def compare(
     paradigms = as_paradigms(place, time)
     chosen = range(resolved.seed, resolved.seed + seeds)
     sites = load_sites(resolved, job.parent, skip_bad)
-    _say(resolved, sites.store.skipped)
+    say(resolved, sites.store.skipped)
     if any(name == "federated" for name, _ in paradigms):
         require_enough(resolved, sites)
-    folder = _folder(out, f"{resolved.name}-compare")
+    folder = new_folder(out, f"{resolved.name}-compare")
     with progress(count_rounds(resolved, sites, paradigms, seeds), quiet=as_json) as listen:
         comparison = compare(
             resolved,
@@ -84,7 +84,7 @@ def compare(
             paradigms=paradigms,
             seeds=chosen,
             folder=folder,
-            command=_command(),
+            command=command_line(),
             listen=listen,
         )
     _leave(comparison, folder, as_json)
@@ -148,7 +148,7 @@ def _leave(comparison: Comparison, folder: Path, as_json: bool) -> None:
     typer.echo(f"report {page}")
 
 
-def _say(job: Job, skipped: Sequence[str]) -> None:
+def say(job: Job, skipped: Sequence[str]) -> None:
     """What was passed over in the data, and what was loaded of pretrained weights."""
     from shared_models.spec import build_model
 
@@ -158,7 +158,8 @@ def _say(job: Job, skipped: Sequence[str]) -> None:
         typer.echo(str(match), err=True)
 
 
-def _folder(out: Path | None, name: str) -> Path:
+def new_folder(out: Path | None, name: str) -> Path:
+    """The folder for results, made and empty; raises ConfigError where that cannot be."""
     from shared_models.errors import ConfigError
 
     path = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -173,6 +174,6 @@ def _folder(out: Path | None, name: str) -> Path:
     return path
 
 
-def _command() -> str:
+def command_line() -> str:
     """The command line as it can be typed again."""
     return shlex.join(["fedzoo", *sys.argv[1:]])

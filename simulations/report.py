@@ -41,7 +41,7 @@ def write(comparison: Given, path: Path) -> Path:
     Raises:
         RunError: the comparison lacks something, or the file cannot be written.
     """
-    page = _environment().get_template("report.html.j2").render(_view(parse(comparison)))
+    page = templates().get_template("report.html.j2").render(_view(parse(comparison)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
@@ -197,7 +197,8 @@ def _megabytes(count: int) -> str:
     return f"{size:,.0f}" if size >= 100 or size == 0 else f"{size:.1f}" if size >= 1 else f"{size:.2g}"
 
 
-def _environment() -> Environment:
+def templates() -> Environment:
+    """The pages' templates, escaping what they show; a name that is missing is an error."""
     made = Environment(
         loader=PackageLoader("simulations", "templates"),
         autoescape=True,
@@ -238,7 +239,7 @@ def _view(c: Comparison) -> dict[str, Any]:
         "matrices": _matrices(c, done),
         "partition": _partition(c),
         "budget": _budget(done),
-        "settings": _flat(c.job),
+        "settings": flat(c.job),
     }
 
 
@@ -382,12 +383,12 @@ def _budget(done: Sequence[Cell]) -> str:
     return f"Every paradigm processed {samples.pop():,} samples, summed over the sites." if samples else ""
 
 
-def _flat(job: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flat(job: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """The resolved job as dotted names and values, in the form `--set` takes them."""
     settings: list[tuple[str, str]] = []
     for key, value in job.items():
         if isinstance(value, Mapping) and value:
-            settings += _flat(value, f"{prefix}{key}.")
+            settings += flat(value, f"{prefix}{key}.")
         else:
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
             settings.append((f"{prefix}{key}", shown))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,13 +18,16 @@ from simulations.attacks.drawing import png
 from simulations.attacks.levels import Level, require_classifier
 from simulations.attacks.reconstruct import Search, by_optimisation, entrance, from_linear, mse, paired, psnr, ssim
 from simulations.attacks.results import Inversion, Inverted, Quality, facts
+from simulations.compare import Listen
+from simulations.paradigms import POOLED
 from simulations.partition import SitePopulation
 
-LINEAR = "from the first layer"
+LINEAR = "by the first layer"
 SEARCHED = "by optimisation"
 
 
 def attack(
+    job: Job,
     level_jobs: Sequence[Level],
     sites: SitePopulation,
     *,
@@ -32,36 +35,36 @@ def attack(
     batch: int,
     search: Search | None = None,
     command: str = "",
-    done: Callable[[str], None] | None = None,
+    listen: Listen | None = None,
 ) -> Inversion:
     """Reconstruct images of the first site from its answers at every level.
 
     Args:
-        level_jobs: at least one.
+        job: as it was given, for the report.
+        level_jobs: the same at each level, at least one.
         sites: of the simulation.
         images: how many in all.
         batch: how many in one answer.
         search: how the optimiser looks.
         command: how to repeat it, for the report.
-        done: hears of every answer that was attacked.
+        listen: hears of every answer, the round of a run of its own.
 
     Raises:
         ConfigError: the job or the counts are nothing to attack.
         RunError: the site refused.
     """
-    started, job = time.perf_counter(), level_jobs[0].job
-    site = sites.names[0]
-    splits = sites.pooled() if job.place == "centralized" else sites.splits(site)
-    require(job, splits, images, batch)
+    started = time.perf_counter()
+    require(job, sites, images, batch)
+    site, splits = attacked(job, sites)
     rows = choose(splits.train, images, job.seed)
     truth = pixels(Examples(splits.train.store, rows))
     found: list[Inverted] = []
     for level in level_jobs:
         step = single_step(level.job, batch, len(splits.train))
         answers = [answer_of(step, site, splits, part, i + 1) for i, part in enumerate(rows.split(batch))]
-        found += _invert(level, answers, splits, rows.split(batch), truth, search or Search(), done)
+        found += _invert(level, answers, splits, rows.split(batch), truth, search or Search(), listen)
     mean = pixels(splits.validation).mean(dim=0)
-    blind = _inverted("nothing", "the mean validation image", 0.0, [0.0], mean.expand_as(truth), truth)
+    blind = _inverted("no answer", "mean image", 0.0, [0.0], mean.expand_as(truth), truth)
     return Inversion(
         facts=facts(job, f"{job.name}: gradient inversion", command, started),
         site=site,
@@ -75,8 +78,14 @@ def attack(
     )
 
 
-def require(job: Job, splits: Splits, images: int, batch: int) -> None:
+def attacked(job: Job, sites: SitePopulation) -> tuple[str, Splits]:
+    """The site whose answers are looked at, and its examples: the first, or the one that holds all data."""
+    return (POOLED, sites.pooled()) if job.place == "centralized" else (sites.names[0], sites.splits(sites.names[0]))
+
+
+def require(job: Job, sites: SitePopulation, images: int, batch: int) -> None:
     """Raise a ConfigError where there is nothing to reconstruct."""
+    site, splits = attacked(job, sites)
     require_classifier(job, "inversion")
     if job.data.form != "image":
         raise ConfigError(
@@ -86,7 +95,9 @@ def require(job: Job, splits: Splits, images: int, batch: int) -> None:
     if images % batch:
         raise ConfigError(f"--images {images} are not whole answers of --batch {batch} images", hint="Give a multiple")
     if images > len(splits.train):
-        raise ConfigError(f"--images {images}, but the site has {len(splits.train)} training images", hint="Give fewer")
+        raise ConfigError(
+            f"--images {images}, but site '{site}' has {len(splits.train)} training images", hint="Give fewer"
+        )
 
 
 def choose(examples: Examples, count: int, seed: int) -> Tensor:
@@ -113,7 +124,7 @@ def _invert(
     parts: Sequence[Tensor],
     truth: Tensor,
     search: Search,
-    done: Callable[[str], None] | None,
+    listen: Listen | None,
 ) -> list[Inverted]:
     """One entry for each way that can be gone."""
     job, store = answers[0].job, splits.train.store
@@ -135,8 +146,8 @@ def _invert(
             )
         searched.append(paired(raw(x), pixels(Examples(store, rows))))
         near.append(cosine)
-        if done is not None:
-            done(level.name)
+        if listen is not None:
+            listen(f"{level.name}, answer {index + 1} of {len(answers)}", job.seed, {"event": "round"})
     found = [_inverted(level.name, SEARCHED, answers[0].noise, near, torch.cat(searched), truth)]
     if linear:
         found.insert(0, _inverted(level.name, LINEAR, answers[0].noise, [], torch.cat(linear), truth))

@@ -9,9 +9,8 @@ the final model only.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +23,12 @@ from shared_models.errors import ConfigError
 from shared_models.job import Job
 from shared_models.keys import generator
 from shared_models.privacy import statement
+from shared_models.tasks.base import make_task
 from simulations.attacks.audit import auc, least_epsilon, most_auc, most_tpr, roc
 from simulations.attacks.levels import Level, require_classifier
 from simulations.attacks.lira import log_ratio, scaled_confidence
 from simulations.attacks.results import Guessed, Membership, facts
+from simulations.compare import Listen
 from simulations.paradigms import Result, Setting, paradigms
 from simulations.partition import SitePopulation
 from simulations.statistics import summarize
@@ -35,8 +36,6 @@ from simulations.statistics import summarize
 FEWEST = 10  # candidates of a site
 RATES = (0.01, 0.001)
 POINTS = 400  # of a ROC curve that is kept
-
-Listen = Callable[[str, int, dict[str, Any]], None]
 
 
 class Chosen(SitePopulation):
@@ -74,6 +73,7 @@ class Questioned:
 
 
 def attack(
+    job: Job,
     level_jobs: Sequence[Level],
     sites: SitePopulation,
     *,
@@ -85,7 +85,8 @@ def attack(
     """Train shadows and targets at every level and guess who was in the targets.
 
     Args:
-        level_jobs: at least one.
+        job: as it was given, for the report.
+        level_jobs: the same at each level, at least one.
         sites: whose training examples are the candidates.
         shadows: models that the attacker trains, each candidate in half of them; even.
         targets: models that are attacked, each candidate in by a fair coin.
@@ -95,7 +96,7 @@ def attack(
     Raises:
         ConfigError: the job, the sites or the counts are nothing to attack.
     """
-    started, job = time.perf_counter(), level_jobs[0].job
+    started = time.perf_counter()
     require(job, sites, shadows, targets)
     candidates = sites.pooled().train
     drawn = torch.cat([halves(sites, shadows, job.seed), coins(sites, targets, job.seed)])
@@ -108,7 +109,7 @@ def attack(
         found.append(judge(level, asked, scores, members, shadows))
     return Membership(
         facts=facts(job, f"{job.name}: membership inference", command, started),
-        metric=_headline(job),
+        metric=make_task(job).headline,
         candidates=len(candidates),
         shadows=shadows,
         targets=targets,
@@ -241,12 +242,6 @@ def _thinned(fpr: np.ndarray, tpr: np.ndarray) -> tuple[list[float], list[float]
     wanted = np.geomspace(max(fpr[fpr > 0].min(), 1e-6), 1, POINTS - 2)
     kept = np.unique([0, *np.searchsorted(fpr, wanted, side="right") - 1, len(fpr) - 1])
     return fpr[kept].tolist(), tpr[kept].tolist()
-
-
-def _headline(job: Job) -> str:
-    from shared_models.tasks.base import make_task
-
-    return make_task(job).headline
 
 
 def _delta(level_jobs: Sequence[Level]) -> float:
