@@ -43,7 +43,7 @@ def membership(
     from simulations.attacks.membership import attack, require
     from simulations.progress import progress
 
-    resolved, sites = _load(job, set, skip_bad)
+    resolved, sites = _load("membership", job, set, skip_bad)
     chosen = levels(resolved, epsilons)
     require(resolved, sites, shadows, targets)
     folder = new_folder(out, f"{resolved.name}-membership")
@@ -72,7 +72,7 @@ def inversion(
     from simulations.attacks.reconstruct import Search
     from simulations.progress import progress
 
-    resolved, sites = _load(job, set, skip_bad)
+    resolved, sites = _load("inversion", job, set, skip_bad)
     chosen = levels(resolved, epsilons)
     require(resolved, sites, images, batch)
     folder = new_folder(out, f"{resolved.name}-inversion")
@@ -90,11 +90,13 @@ def inversion(
     _leave(found, folder, "inversion.json", as_json)
 
 
-def _load(job: Path, set: list[str] | None, skip_bad: int) -> tuple[Job, SitePopulation]:
+def _load(attack: str, job: Path, set: list[str] | None, skip_bad: int) -> tuple[Job, SitePopulation]:
     from shared_models.job import Job
+    from simulations.attacks.levels import require_classifier
     from simulations.compare import load_sites, require_enough
 
     resolved = Job.load(job, set or ())
+    require_classifier(resolved, attack)
     sites = load_sites(resolved, job.parent, skip_bad)
     say(resolved, sites.store.skipped)
     if resolved.place == "federated":

@@ -22,8 +22,8 @@ from simulations.compare import Listen
 from simulations.paradigms import POOLED
 from simulations.partition import SitePopulation
 
-LINEAR = "by the first layer"
-SEARCHED = "by optimisation"
+LINEAR = "first layer"
+SEARCHED = "optimisation"
 
 
 def attack(

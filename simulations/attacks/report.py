@@ -65,7 +65,7 @@ def says(found: Membership | Inversion) -> list[str]:
         error = fmean(best.quality.mse)
         what = "nearer to the images than" if error < blind else "no nearer to the images than"
         said.append(
-            f"{name}: what is reconstructed {best.way} is {what} a mean image, which needs no answer of the site "
+            f"{name}: what is reconstructed by {best.way} is {what} a mean image, which needs no answer of the site "
             f"(mean squared error {error:.2g} against {blind:.2g})."
         )
     return [*said, SIMULATED] if found.delta else said
@@ -129,7 +129,7 @@ def _inversion_table(found: Inversion) -> tuple[list[str], list[list[str]]]:
 
 def _wide(values: list[float], form: str) -> str:
     mean = f"{fmean(values):{form}}"
-    return f"{mean} ± {stdev(values):{form}}" if len(values) > 1 else mean
+    return (f"{mean} ± {stdev(values):{form}}" if len(values) > 1 else mean).replace("-", "−")
 
 
 def _common(facts: Facts, shown: tuple[list[str], list[list[str]]], said: list[str]) -> dict[str, Any]:
@@ -176,8 +176,8 @@ def _allowed(level: Guessed, delta: float) -> list[tuple[float, float]]:
 
 def _inverted(found: Inversion) -> dict[str, Any]:
     strips = [("truth", "", found.truth)]
+    strips.append((found.blind.level, found.blind.way, found.blind.images[:1]))
     strips += [(level.level, _caption(level), level.images) for level in found.levels]
-    strips.append(("no answer", found.blind.way, found.blind.images[:1]))
     return {"m": found, "strips": strips}
 
 
