@@ -157,7 +157,7 @@ def test_an_epsilon_needs_a_unit(tmp_path: Path) -> None:
 
 def test_another_task_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
-        fedzoo.main(["attack", "inversion", str(EXAMPLE.parent / "pretext.toml"), "--out", str(tmp_path / "o")])
+        fedzoo.main(["attack", "inversion", str(EXAMPLE.parent / "em-membranes.toml"), "--out", str(tmp_path / "o")])
     assert "is made for classification" in str(end.value.code)
 
 
