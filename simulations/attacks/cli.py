@@ -61,6 +61,7 @@ def inversion(
     batch: Annotated[int, typer.Option(min=1, help="Images in one answer.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser, for each start.")] = 500,
     starts: Annotated[int, typer.Option(min=1, help="Of the optimiser, for each answer.")] = 2,
+    smooth: Annotated[float, typer.Option(min=0, help="Weight of the total variation.")] = 0.01,
     set: Set = None,
     out: Out = None,
     skip_bad: SkipBad = 0,
@@ -83,7 +84,7 @@ def inversion(
             sites,
             images=images,
             batch=batch,
-            search=Search(steps=steps, starts=starts),
+            search=Search(steps=steps, starts=starts, smooth=smooth),
             command=command_line(),
             listen=listen,
         )

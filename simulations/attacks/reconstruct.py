@@ -46,7 +46,7 @@ class Search:
     steps: int = 500
     starts: int = 2
     rate: float = 0.1
-    smooth: float = 0.001
+    smooth: float = 0.01
 
 
 def from_linear(weight: Tensor, bias: Tensor) -> Tensor:
