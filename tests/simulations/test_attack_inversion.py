@@ -106,9 +106,11 @@ def test_a_single_step_is_the_job_with_one_step() -> None:
 
 def test_the_optimiser_recovers_digits_without_privacy_and_not_with_it() -> None:
     job, sites = prepared()
-    found = attack(job, levels(job, "none,8"), sites, images=2, batch=1, search=Search(steps=200, starts=1))
+    found = attack(
+        job, levels(job, "none,8"), sites, images=2, batch=1, search=Search(steps=200, starts=1, smooth=1e-3)
+    )
     plain, private = (level for level in found.levels if level.way == SEARCHED)
-    assert min(plain.quality.psnr) > 20
+    assert min(plain.quality.psnr) > 25
     assert min(plain.quality.ssim) > 0.9
     assert min(plain.similarity) > 0.99
     assert max(private.quality.psnr) < 8
