@@ -70,7 +70,6 @@ def attack(
         site=site,
         held=len(splits.train),
         batch=batch,
-        delta=max((level.job.privacy.delta for level in level_jobs if level.target is not None), default=0.0),
         labels=[job.task.labels[c] for c in splits.train.store.y[rows].tolist()],
         truth=[png(image) for image in truth],
         blind=blind,

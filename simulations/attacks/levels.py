@@ -11,6 +11,7 @@ from shared_models.job_parts import PrivacyPart
 from shared_models.tasks.base import make_task
 
 NONE = "none"
+PLAIN = "no privacy"
 USUAL = "none,8,3,1"
 
 
@@ -28,7 +29,7 @@ class Level:
     @property
     def name(self) -> str:
         """As tables and legends say it."""
-        return "no privacy" if self.target is None else f"epsilon {self.target:g}"
+        return PLAIN if self.target is None else f"epsilon {self.target:g}"
 
 
 def levels(job: Job, text: str | None) -> list[Level]:

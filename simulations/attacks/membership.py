@@ -106,7 +106,7 @@ def attack(
     for level in level_jobs:
         asked = question(level, sites, drawn, candidates, listen)
         scores = log_ratio(asked.phi[shadows:], asked.phi[:shadows], seen[:shadows]).numpy()
-        found.append(judge(level, asked, scores, members, shadows))
+        found.append(judge(level, asked, scores, members, shadows, job.privacy.delta))
     return Membership(
         facts=facts(job, f"{job.name}: membership inference", command, started),
         metric=make_task(job).headline,
@@ -114,7 +114,7 @@ def attack(
         shadows=shadows,
         targets=targets,
         non_members=int((~members).sum()),
-        delta=_delta(level_jobs),
+        delta=job.privacy.delta,
         levels=found,
     )
 
@@ -206,8 +206,10 @@ def confidences(job: Job, result: Result, candidates: Examples) -> Tensor:
     return torch.cat(found).cpu()
 
 
-def judge(level: Level, asked: Questioned, scores: np.ndarray, members: np.ndarray, shadows: int) -> Guessed:
-    """Figures of one level, from (T, C) scores and memberships."""
+def judge(
+    level: Level, asked: Questioned, scores: np.ndarray, members: np.ndarray, shadows: int, delta: float
+) -> Guessed:
+    """Figures of one level, from (T, C) scores and memberships; what is proved of epsilon is so at `delta`."""
     part, curve = level.job.privacy, roc(scores, members)
     areas = [auc(s, m) for s, m in zip(scores, members, strict=True)]
     mean, epsilon = summarize(areas), asked.epsilon
@@ -229,7 +231,7 @@ def judge(level: Level, asked: Questioned, scores: np.ndarray, members: np.ndarr
         most_auc=None if epsilon is None else most_auc(epsilon, part.delta),
         tpr={str(rate): curve.tpr_at(rate) for rate in RATES},
         most_tpr=allowed,
-        least_epsilon=least_epsilon(scores, members, part.delta if epsilon is not None else 0.0),
+        least_epsilon=least_epsilon(scores, members, delta),
         fpr=fpr,
         hits=tpr,
     )
@@ -242,7 +244,3 @@ def _thinned(fpr: np.ndarray, tpr: np.ndarray) -> tuple[list[float], list[float]
     wanted = np.geomspace(max(fpr[fpr > 0].min(), 1e-6), 1, POINTS - 2)
     kept = np.unique([0, *np.searchsorted(fpr, wanted, side="right") - 1, len(fpr) - 1])
     return fpr[kept].tolist(), tpr[kept].tolist()
-
-
-def _delta(level_jobs: Sequence[Level]) -> float:
-    return max((level.job.privacy.delta for level in level_jobs if level.target is not None), default=0.0)

@@ -17,6 +17,7 @@ from shared_models.privacy import bound
 from shared_models.tasks.base import make_task
 from simulations.attacks.audit import most_tpr
 from simulations.attacks.drawing import Mark, Trace, auc_chart, roc_chart, swatch
+from simulations.attacks.levels import PLAIN
 from simulations.attacks.results import Facts, Guessed, Inversion, Inverted, Membership
 from simulations.measures import measures_of, words
 from simulations.report import NOTHING, SIMULATED, flat, spread, templates
@@ -68,7 +69,7 @@ def says(found: Membership | Inversion) -> list[str]:
             f"{name}: what is reconstructed by {best.way} is {what} a mean image, which needs no answer of the site "
             f"(mean squared error {error:.2g} against {blind:.2g})."
         )
-    return [*said, SIMULATED] if found.delta else said
+    return [*said, SIMULATED] if any(level.level != PLAIN for level in found.levels) else said
 
 
 def _claim(level: Guessed, targets: int) -> str:
@@ -84,11 +85,13 @@ def _membership_table(found: Membership) -> tuple[list[str], list[list[str]]]:
     measure = measures_of(make_task(Job.resolve(found.facts.job)))[found.metric]
     private = any(level.epsilon is not None for level in found.levels)
     rates = list(found.levels[0].tpr)
-    head = ["level", *([f"epsilon (delta {found.delta:g})"] if private else []), measure.title(words(found.metric))]
+    unit = found.facts.job["privacy"]["mode"]
+    head = ["level", *([f"epsilon (± one {unit}, delta {found.delta:g})"] if private else [])]
+    head.append(measure.title(words(found.metric)))
     head += ["AUC (95 % interval)", *(["AUC allowed"] if private else [])]
     for rate in rates:
         head += [f"TPR at {100 * float(rate):g} % FPR, %", *(["allowed, %"] if private else [])]
-    head += ["epsilon proved"]
+    head.append(f"epsilon proved (delta {found.delta:g})")
     rows = []
     for level in found.levels:
         row = [level.level]

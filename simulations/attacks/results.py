@@ -77,6 +77,7 @@ class Membership(Document):
         candidates: examples whose membership is guessed.
         shadows, targets: models.
         non_members: over all targets.
+        delta: of the guarantees, and of what is proved.
     """
 
     facts: Facts
@@ -129,7 +130,6 @@ class Inversion(Document):
         site: that answered.
         held: its training examples, which the noise follows from.
         batch: images of one contribution.
-        delta: of the guarantees.
         labels: of the images.
         truth: PNG files, base64.
         blind: what is reached without looking at the contribution: the mean validation image.
@@ -139,7 +139,6 @@ class Inversion(Document):
     site: str
     held: int
     batch: int
-    delta: float
     labels: list[str]
     truth: list[str]
     blind: Inverted

@@ -96,6 +96,9 @@ def test_the_result_loads_again_and_its_table_is_the_page_s(made: tuple[str, Pat
     assert again == (folder / "report.html").read_text(encoding="utf-8")
     head, rows = table(found)
     assert all(len(row) == len(head) for row in rows)
+    if name == "membership":
+        assert "epsilon (± one sample, delta 0.0001)" in head
+        assert "epsilon proved (delta 0.0001)" in head
     assert len(rows) == {"membership": 2, "inversion": 5}[name]
     assert says(found)[0].startswith("no privacy: ")
 

@@ -11,10 +11,10 @@ import torch
 from client.readers.base import Examples
 from client.workbench import Benches
 from shared_models.job import Job
-from simulations.attacks.audit import auc
+from simulations.attacks.audit import auc, least_epsilon
 from simulations.attacks.levels import Level, levels
 from simulations.attacks.lira import log_ratio
-from simulations.attacks.membership import Chosen, attack, coins, confidences, halves, question
+from simulations.attacks.membership import Chosen, attack, coins, confidences, halves, judge, question
 from simulations.compare import load_sites
 from simulations.paradigms import Setting, paradigms
 from simulations.partition import SitePopulation
@@ -44,6 +44,18 @@ def test_an_overfitted_model_gives_its_members_away() -> None:
     assert level.most_auc is None
     assert level.tpr["0.001"] is None, "non-members are too few for 0.1 %"
     assert found.candidates == len(sites.pooled().train)
+
+
+def test_what_is_proved_holds_at_one_delta_for_all_levels() -> None:
+    """Else the row without privacy could not be held against the others."""
+    job, sites = prepared("federation.rounds=3")
+    level, drawn = without_privacy(job), torch.cat([halves(sites, 4, 0), coins(sites, 4, 0)])
+    candidates = sites.pooled().train
+    asked, seen = question(level, sites, drawn, candidates), drawn[:, candidates.rows]
+    scores, members = log_ratio(asked.phi[4:], asked.phi[:4], seen[:4]).numpy(), seen[4:].numpy()
+    proved = [judge(level, asked, scores, members, 4, delta).least_epsilon for delta in (0.0, 1e-4)]
+    assert proved == [least_epsilon(scores, members, delta) for delta in (0.0, 1e-4)]
+    assert proved[0] > proved[1] > 0
 
 
 def test_models_that_never_saw_the_candidates_tell_nothing_of_them() -> None:
