@@ -66,7 +66,7 @@ def says(found: Membership | Inversion) -> list[str]:
         error = fmean(best.quality.mse)
         what = "nearer to the images than" if error < blind else "no nearer to the images than"
         said.append(
-            f"{name}: what is reconstructed by {best.way} is {what} a mean image, which needs no answer of the site "
+            f"{name}: what is reconstructed ({best.way}) is {what} a mean image, which needs no answer of the site "
             f"(mean squared error {error:.2g} against {blind:.2g})."
         )
     return [*said, SIMULATED] if any(level.level != PLAIN for level in found.levels) else said
@@ -78,7 +78,7 @@ def _claim(level: Guessed, targets: int) -> str:
     allowed = f" Guaranteed: {level.statement}." if level.epsilon is not None else ""
     if level.low > 0.5 or level.least_epsilon > 0:
         return f"{level.level}: the attack tells members from others ({interval}){proved}.{allowed}"
-    return f"{level.level}: no better than guessing can be claimed of the attack ({interval}){proved}.{allowed}"
+    return f"{level.level}: it cannot be claimed that the attack does better than guessing ({interval}).{allowed}"
 
 
 def _membership_table(found: Membership) -> tuple[list[str], list[list[str]]]:
@@ -125,7 +125,7 @@ def _inversion_table(found: Inversion) -> tuple[list[str], list[list[str]]]:
         near = f"{fmean(level.similarity):.3f}" if level.similarity else NOTHING
         noise = NOTHING if level is found.blind else f"{level.noise:.3g}"
         rows.append(
-            [level.level, level.way, noise, near, f"{fmean(q.mse):.2g}", _wide(q.psnr, ".1f"), _wide(q.ssim, ".2f")]
+            [level.level, level.way, noise, near, f"{fmean(q.mse):.2g}", _wide(q.psnr, ".1f"), _wide(q.ssim, "z.2f")]
         )
     return head, rows
 
@@ -185,4 +185,4 @@ def _inverted(found: Inversion) -> dict[str, Any]:
 
 
 def _caption(level: Inverted) -> str:
-    return f"{level.way}: PSNR {_wide(level.quality.psnr, '.1f')} dB, SSIM {_wide(level.quality.ssim, '.2f')}"
+    return f"{level.way}: PSNR {_wide(level.quality.psnr, '.1f')} dB, SSIM {_wide(level.quality.ssim, 'z.2f')}"
