@@ -58,7 +58,7 @@ def terminal(found: Membership | Inversion) -> Table:
 def says(found: Membership | Inversion) -> list[str]:
     """Sentences that claim no more than was measured."""
     if isinstance(found, Membership):
-        said = [_claim(level, found.targets) for level in found.levels]
+        said = [_claim(level, found) for level in found.levels]
         return [*said, SIMULATED] if any(level.epsilon is not None for level in found.levels) else said
     blind, said = fmean(found.blind.quality.mse), []
     for name in dict.fromkeys(level.level for level in found.levels):
@@ -72,9 +72,12 @@ def says(found: Membership | Inversion) -> list[str]:
     return [*said, SIMULATED] if any(level.level != PLAIN for level in found.levels) else said
 
 
-def _claim(level: Guessed, targets: int) -> str:
-    interval = f"AUC {fmean(level.auc):.3f}, 95 % interval {level.low:.3f} to {level.high:.3f}, {targets} target models"
-    proved = f"; it proves an epsilon of at least {level.least_epsilon:.2f}" if level.least_epsilon > 0 else ""
+def _claim(level: Guessed, found: Membership) -> str:
+    models = f"{found.targets} target models"
+    interval = f"AUC {fmean(level.auc):.3f}, 95 % interval {level.low:.3f} to {level.high:.3f}, {models}"
+    proved = ""
+    if level.least_epsilon > 0:
+        proved = f"; it proves an epsilon of at least {level.least_epsilon:.2f} at delta {found.delta:g}"
     allowed = f" Guaranteed: {level.statement}." if level.epsilon is not None else ""
     if level.low > 0.5 or level.least_epsilon > 0:
         return f"{level.level}: the attack tells members from others ({interval}){proved}.{allowed}"
