@@ -43,6 +43,7 @@ def build_app() -> typer.Typer:
     import server.cli
     import server.run_cli
     import shared_models.cli
+    import simulations.attacks.cli
     import simulations.cli
 
     app = typer.Typer(
@@ -62,6 +63,7 @@ def build_app() -> typer.Typer:
         """Federated learning for hospitals and edge fleets."""
 
     app.add_typer(simulations.cli.app)
+    app.add_typer(simulations.attacks.cli.app)
     app.add_typer(shared_models.cli.app)
     app.add_typer(server.cli.app)
     app.add_typer(client.cli.app)

@@ -158,6 +158,10 @@ def require_unmixed(bench: Workbench) -> None:
             )
 
 
-def simulated_secret(job: Job, site: str) -> bytes:
-    """A site's secret in a simulation, from the job's seed so that it repeats: its noise protects nothing."""
-    return hashlib.sha256(f"simulated secret {job.seed} {site}".encode()).digest()
+def simulated_secret(job: Job, site: str, draw: int = 0) -> bytes:
+    """A site's secret in a simulation, from the job's seed so that it repeats: its noise protects nothing.
+
+    Another `draw` is another secret: the same job with the same start and other noise.
+    """
+    again = f" {draw}" if draw else ""
+    return hashlib.sha256(f"simulated secret {job.seed} {site}{again}".encode()).digest()

@@ -143,7 +143,7 @@ def lines(
         out.append(Markup('<path class="line {}" d="M{}"/>').format(s.style, path))
         out.append(_marker(s.style, sx(s.points[-1].x), sy(s.points[-1].mean)))
     ends = "; ".join(f"{s.label} ends at {s.points[-1].mean:.3g}" for s in series)
-    return _svg(key, title, f"{y_label} over {x_label}. {ends}.", height, out)
+    return svg(key, title, f"{y_label} over {x_label}. {ends}.", height, out)
 
 
 def bars(key: str, title: str, rows: Sequence[Bar], axis: Axis = PERCENT) -> Markup:
@@ -189,7 +189,7 @@ def bars(key: str, title: str, rows: Sequence[Bar], axis: Axis = PERCENT) -> Mar
         out.append(Markup('<text class="value" x="{}" y="{}">{}</text>').format(WIDTH - right + 12, y + 13, bar.text))
     said = "; ".join(f"{bar.label}: {bar.text}" for bar in rows)
     unit = "Percent, mean" if axis.unit == "%" else f"In {axis.unit}, mean" if axis.unit else "Mean"
-    return _svg(key, title, f"{unit} and standard deviation over seeds. {said}.", height, out)
+    return svg(key, title, f"{unit} and standard deviation over seeds. {said}.", height, out)
 
 
 def stacks(key: str, title: str, rows: Sequence[Stack], segments: Sequence[str], colours: Sequence[str]) -> Markup:
@@ -231,7 +231,7 @@ def stacks(key: str, title: str, rows: Sequence[Stack], segments: Sequence[str],
         + ")"
         for row in rows
     )
-    return _svg(key, title, f"{said}.", len(rows) * step + 8, out)
+    return svg(key, title, f"{said}.", len(rows) * step + 8, out)
 
 
 def shades(palette: Sequence[str], count: int) -> list[str]:
@@ -273,7 +273,8 @@ def _marker(style: str, x: float, y: float) -> Markup:
     return Markup('<path class="dot {}" transform="translate({} {})" d="{}"/>').format(style, x, y, shape)
 
 
-def _svg(key: str, title: str, description: str, height: int, parts: Sequence[Markup]) -> Markup:
+def svg(key: str, title: str, description: str, height: int, parts: Sequence[Markup]) -> Markup:
+    """A drawing of the parts, `WIDTH` wide, with a title and a description for a screen reader."""
     return Markup(
         '<svg class="chart" role="img" viewBox="0 0 {w} {h}" aria-labelledby="{k}-t {k}-d">'
         '<title id="{k}-t">{t}</title><desc id="{k}-d">{d}</desc>{body}</svg>'

@@ -42,10 +42,10 @@ def simulate(job: JobFile, set: Set = None, out: Out = None, skip_bad: SkipBad =
 
     resolved = Job.load(job, set or ())
     sites = load_sites(resolved, job.parent, skip_bad)
-    _say(resolved, sites.store.skipped)
+    say(resolved, sites.store.skipped)
     if resolved.place == "federated":
         require_enough(resolved, sites)
-    folder = _folder(out, resolved.name)
+    folder = run_folder(out, resolved.name)
     planned = plan(resolved, len(sites.names), [(resolved.place, resolved.time)], [resolved.seed])
     rounds = count_rounds(resolved, sites, planned)
     with progress(rounds, quiet=as_json) as listen:
@@ -81,12 +81,12 @@ def compare(
     paradigms = as_paradigms(place, time)
     chosen = range(resolved.seed, resolved.seed + seeds)
     sites = load_sites(resolved, job.parent, skip_bad)
-    _say(resolved, sites.store.skipped)
+    say(resolved, sites.store.skipped)
     if any(name == "federated" for name, _ in paradigms):
         require_enough(resolved, sites)
     methods = [name.strip() for name in continual.split(",") if name.strip()]
     planned = plan(resolved, len(sites.names), paradigms, chosen, methods)
-    folder = _folder(out, f"{resolved.name}-compare", resolved.hash)
+    folder = run_folder(out, f"{resolved.name}-compare", resolved.hash)
     with progress(count_rounds(resolved, sites, planned), quiet=as_json) as listen:
         comparison = compare(
             resolved,
@@ -160,7 +160,7 @@ def _leave(comparison: Comparison, folder: Path, as_json: bool) -> None:
     typer.echo(f"report {page}")
 
 
-def _say(job: Job, skipped: Sequence[str]) -> None:
+def say(job: Job, skipped: Sequence[str]) -> None:
     """What was passed over in the data, and what was loaded of pretrained weights."""
     from shared_models.spec import build_model
 
@@ -170,7 +170,7 @@ def _say(job: Job, skipped: Sequence[str]) -> None:
         typer.echo(str(match), err=True)
 
 
-def _folder(out: Path | None, name: str, job: str = "") -> Path:
+def run_folder(out: Path | None, name: str, job: str = "") -> Path:
     """The folder of a run, empty; or that of a comparison, which may hold the runs of a stopped one of the same job."""
     from shared_models.errors import ConfigError
     from shared_models.files import write_whole

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from client.private import simulated_secret
 from client.readers.base import Splits
 from client.trainer import count_samples
 from client.workbench import Benches
@@ -83,7 +84,10 @@ paradigms: Registry[Paradigm] = Registry("paradigm", "simulations.paradigms")
 
 @dataclass(frozen=True)
 class Setting:
-    """What every paradigm is given: the job with its time and seed, the sites, and where to leave traces."""
+    """What every paradigm is given: the job with its time and seed, the sites, and where to leave traces.
+
+    Another `draw` is the same job with other secrets: other noise and sampling, the same start.
+    """
 
     job: Job
     sites: SitePopulation
@@ -91,6 +95,7 @@ class Setting:
     run: str = "simulation"
     folder: Path | None = None
     listener: Listener | None = None
+    draw: int = 0
 
     def require_measurable(self) -> None:
         """Raise a ConfigError where no site has test examples of some task of the stream."""
@@ -123,13 +128,14 @@ class Setting:
             setting = replace(self, job=step, sites=self.sites.at(step.stage))
             return Coordinator(
                 step,
-                InProcess(names, setting.splits, self.benches),
+                InProcess(names, setting.splits, self.benches, draw=self.draw),
                 stage_run(self.run, step),
                 folder=stage_folder(folder, step),
                 events=events,
                 evaluators=self.sites.names,
                 start=start,
                 budget=budget(setting) if budget else None,
+                secret=simulated_secret(step, "", self.draw) if self.draw else None,
             )
 
         return run_stages(self.job, round_loop)

@@ -44,7 +44,8 @@ def test_who_may_import_whom(package: str) -> None:
 def test_help_imports_neither_torch_nor_flwr() -> None:
     code = (
         "import sys, fedzoo\n"
-        "for words in (['--help'], ['compare', '--help'], ['server', 'start', '--help'], ['client', '--help']):\n"
+        "for words in (['--help'], ['compare', '--help'], ['server', 'start', '--help'], ['client', '--help'],"
+        "              ['attack', '--help'], ['attack', 'membership', '--help']):\n"
         "    try: fedzoo.main(words)\n"
         "    except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'flwr', 'grpc', 'sklearn', 'scipy', 'jinja2', 'pydantic', 'numpy'} & set(sys.modules)\n"

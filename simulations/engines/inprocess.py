@@ -29,6 +29,7 @@ class InProcess:
         splits: name -> that site's examples.
         benches: shared by all sites; give the same one to several runs to build models once.
         states: name -> where that site remembers; in memory by default, on disk a run survives its process.
+        draw: of the sites' secrets; see `simulated_secret`.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class InProcess:
         splits: Callable[[str], Splits],
         benches: Callable[[Job, Mapping[str, Tensor]], Workbench] | None = None,
         states: Callable[[str], State] | None = None,
+        draw: int = 0,
     ) -> None:
         self.names = names
         self.splits = splits
         self.benches = benches or Benches()
         self._make_state = states or (lambda name: MemoryState())
+        self._draw = draw
         self._left: tuple[str, int, Mapping[str, Tensor]] = ("", 0, {})
         self._states: dict[str, State] = {}
         self._protections: dict[str, Protection] = {}
@@ -75,7 +78,7 @@ class InProcess:
         """The site's entry; what it remembers lives as long as this engine."""
         if site not in self._states:
             self._states[site] = self._make_state(site)
-            secret = partial(simulated_secret, site=site)
+            secret = partial(simulated_secret, site=site, draw=self._draw)
             self._protections[site] = Protection(site, secret=secret, repeats=True)
             if self._left[2]:
                 self._states[site].keep_start(*self._left)

@@ -391,9 +391,8 @@ def test_a_term_that_is_silent_at_first_is_compared_again(make_job: MakeJob, mak
     class Pull(Method):
         name = "pull"
 
-        def loss(self, params: Any, batch: Batch, outputs: torch.Tensor, round_state: Any) -> torch.Tensor:
-            terms = [((params[n] - t) ** 2).sum() for n, t in round_state["model"].items()]
-            return torch.stack(terms).sum().expand(len(batch))
+        def loss(self, values: Any, params: Any, batch: Any, outputs: Any, round_state: Any) -> torch.Tensor:
+            return values + torch.stack([((params[n] - t) ** 2).sum() for n, t in round_state["model"].items()]).sum()
 
     data = make_splits(1, count=8).train
     bench = Workbench(make_job(privacy={"mode": "sample", "noise": 1.0, "gradients": "hooks"}), CPU)
