@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from client.per_sample import IMPOSSIBLE, TOLERANCE, PerSample, choose, require_agreement
-from client.private import require_unmixed
+from client.private import Plan, PrivateSteps, require_unmixed
+from client.readers.base import Splits
 from client.workbench import Workbench
 from shared_models.errors import PrivacyError
 from shared_models.job import Job
 from shared_models.methods.base import Method
+from shared_models.privacy import Spend
 from shared_models.tasks.base import Batch
 
 CPU = torch.device("cpu")
 MakeJob = Callable[..., Job]
+MakeSplits = Callable[..., Splits]
 
 
 def a_bench(make_job: MakeJob, model: str = "cnn", **parts: object) -> Workbench:
@@ -167,3 +171,23 @@ def test_what_is_offered_instead_can_be_protected(make_job: MakeJob, parts: dict
     found = PerSample(bench, (), way)(a_batch(2))
     assert found.keys() == bench.trained.keys()
     assert any(g.any() for g in found.values())
+
+
+def test_a_term_that_is_silent_at_first_is_compared_again(make_job: MakeJob, make_splits: MakeSplits) -> None:
+    """A pull to where the round began has no gradient there; hooks do not see it, and must not be kept for later."""
+
+    class Pull(Method):
+        name = "pull"
+
+        def loss(self, values: Any, params: Any, batch: Any, outputs: Any, round_state: Any) -> torch.Tensor:
+            return values + torch.stack([((params[n] - t) ** 2).sum() for n, t in round_state["model"].items()]).sum()
+
+    data = make_splits(1, count=8).train
+    bench = Workbench(make_job(privacy={"mode": "sample", "noise": 1.0, "gradients": "hooks"}), CPU)
+    bench.to_training()
+    here = {n: p.detach().clone() for n, p in bench.trained.items()}
+    away = {n: t + 0.1 for n, t in here.items()}
+    pull = Pull(None)  # type: ignore[arg-type]
+    PrivateSteps(bench, data, Plan(Spend(1.0, 0.5, 1), b"k" * 32), [(pull, {"model": here})])
+    with pytest.raises(PrivacyError, match="per-sample gradients by 'hooks' differ from those of a one-sample loop"):
+        PrivateSteps(bench, data, Plan(Spend(1.0, 0.5, 1), b"k" * 32), [(pull, {"model": away})])

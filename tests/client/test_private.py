@@ -23,7 +23,6 @@ from client.workbench import Benches, Workbench
 from shared_models.errors import PrivacyError
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction
-from shared_models.methods.base import Method
 from shared_models.noise import derive, normal
 from shared_models.privacy import Spend, epsilon
 from shared_models.spec import build_model
@@ -383,26 +382,6 @@ def test_a_client_adds_its_share_to_its_clipped_update(make_job: MakeJob, make_s
     low, high = stats.chi2.ppf([ERROR / 2, 1 - ERROR / 2], len(noise))
     assert low < float((noise**2).sum()) < high
     assert round_spend(job, 0, Budget(epochs=1), [30]) == Spend(1.5, 1.0, 1), "what it can vouch for alone"
-
-
-def test_a_term_that_is_silent_at_first_is_compared_again(make_job: MakeJob, make_splits: MakeSplits) -> None:
-    """A pull to where the round began has no gradient there; hooks do not see it, and must not be kept for later."""
-
-    class Pull(Method):
-        name = "pull"
-
-        def loss(self, values: Any, params: Any, batch: Any, outputs: Any, round_state: Any) -> torch.Tensor:
-            return values + torch.stack([((params[n] - t) ** 2).sum() for n, t in round_state["model"].items()]).sum()
-
-    data = make_splits(1, count=8).train
-    bench = Workbench(make_job(privacy={"mode": "sample", "noise": 1.0, "gradients": "hooks"}), CPU)
-    bench.to_training()
-    here = {n: p.detach().clone() for n, p in bench.trained.items()}
-    away = {n: t + 0.1 for n, t in here.items()}
-    pull = Pull(None)  # type: ignore[arg-type]
-    PrivateSteps(bench, data, Plan(Spend(1.0, 0.5, 1), b"k" * 32), [(pull, {"model": here})])
-    with pytest.raises(PrivacyError, match="per-sample gradients by 'hooks' differ from those of a one-sample loop"):
-        PrivateSteps(bench, data, Plan(Spend(1.0, 0.5, 1), b"k" * 32), [(pull, {"model": away})])
 
 
 def test_a_site_books_a_round_without_the_chance_that_it_was_not_asked(make_job: MakeJob) -> None:

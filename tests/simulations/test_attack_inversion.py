@@ -89,7 +89,7 @@ def test_what_a_site_sends_is_clipped_and_noisy() -> None:
     private, _ = prepared()
     first, second = (answered(private, sites, batch=1, draw=draw)[0] for draw in (1, 2))
     held = len(sites.splits("site-1").train)
-    assert first.noise == cost(private, held).each.noise, "the noise of a site with all its examples"
+    assert first.noise == cost(private, held).stages[0].each.noise, "the noise of a site with all its examples"
     deviation = torch.cat([g.flatten() for g in first.gradient.values()]).std()
     assert deviation == pytest.approx(first.noise, rel=0.05), "of one image alone, with a clip of 1"
     assert not torch.equal(first.gradient["head.bias"], second.gradient["head.bias"])
