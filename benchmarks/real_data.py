@@ -20,7 +20,8 @@ from pathlib import Path
 from simulations import results
 from simulations.report import as_markdown
 from simulations.results import Comparison
-from simulations.statistics import paired, verdicts
+from simulations.statistics import paired
+from simulations.verdicts import verdicts
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "real_data"
@@ -91,6 +92,20 @@ TITLES = {
     "gpt-lora": ("The same with adapters (LoRA)", f"{GPT} --set train.lr=0.01 --set lora.rank=16"),
     "anomalies": ("Digits: an autoencoder finds the anomalous class", "examples/anomalies.toml"),
     "clusters": ("Digits: k-means from merged sums", "examples/clusters.toml"),
+    "split-digits": (
+        "Digits in five tasks: continual methods at three places",
+        "examples/digits-continual.toml --time offline,continual --continual finetune,joint,er,er-ace,der,der++,a-gem,"
+        "ewc,si,lwf --seeds 5",
+    ),
+    "split-cifar10": (
+        "4,000 images of CIFAR-10 in five tasks: replay at three places",
+        "examples/cifar-continual.toml --time offline,continual --continual finetune,er --seeds 5",
+    ),
+    "rotated-digits": (
+        "Digits that turn from task to task (domain-incremental)",
+        "examples/digits-continual.toml --time offline,continual --continual finetune,er,ewc --seeds 5 "
+        "--set stream.kind=rotation",
+    ),
 }
 NEEDS = {"vit-whole": "vit", "vit-lora": "vit", "gpt-whole": "gpt", "gpt-lora": "gpt"}
 AGAINST = {
@@ -142,6 +157,10 @@ much on the draw, so that three seeds do not tell it from the features that foll
     "vit-lora": """
 Of what goes up, most are the sums of the metrics; of the model, 11 % of the bytes are sent. For both, the rate was
 chosen among three by the validation of three seeds, and of each run the round with the best validation is measured.
+""",
+    "split-digits": """
+Each row of R[t, i], mean over the seeds, stands in the page of the comparison; here its figures. Methods that keep
+examples keep 150 in all at every place. Their settings are the defaults.
 """,
     "cells-faster-rcnn": """
 The split into train, validation and test is the data's own; sites are drawn from all images at random.

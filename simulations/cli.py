@@ -145,7 +145,7 @@ def _leave(comparison: Comparison, folder: Path, as_json: bool) -> None:
     from rich.console import Console
 
     from simulations import report, results
-    from simulations.statistics import verdicts
+    from simulations.verdicts import verdicts
 
     results.save(comparison, folder / "comparison.json")
     page = report.write(comparison, folder / "report.html")

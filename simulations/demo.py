@@ -34,7 +34,7 @@ from simulations.partition import SitePopulation
 from simulations.plan import OFFLINE, count_rounds, plan
 from simulations.progress import progress
 from simulations.results import Place, Time
-from simulations.statistics import verdicts
+from simulations.verdicts import verdicts
 
 MARK = ".fedzoo-demo"
 SEEDS = (0, 1, 2)

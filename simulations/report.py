@@ -19,7 +19,8 @@ from shared_models.privacy import bound
 from simulations import charts, pages
 from simulations.measures import PERCENT, Measure, words
 from simulations.results import Cell, Comparison, parse
-from simulations.statistics import backward_transfer, final_average, forgetting, forward_transfer, summarize, verdicts
+from simulations.statistics import backward_transfer, final_average, forgetting, forward_transfer, summarize
+from simulations.verdicts import verdicts
 
 Given = Comparison | Mapping[str, Any]
 NOTHING = "–"

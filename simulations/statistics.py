@@ -7,19 +7,14 @@ the size of the test sets nor the number of intervals looked at is allowed for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any, cast
 
 from scipy.stats import t as student
 
-from simulations.measures import Measure
-from simulations.results import Cell, Comparison, Place, Time, parse
-
 Matrix = Sequence[Sequence[float]]
 LEVEL = 0.95
-PLACES: tuple[Place, ...] = ("centralized", "isolated", "federated")
 
 
 @dataclass(frozen=True)
@@ -93,110 +88,3 @@ def forward_transfer(r: Matrix, untrained: Sequence[float], larger: bool = True)
     """
     sign = 1 if larger else -1
     return fmean([sign * (r[i - 1][i] - untrained[i]) for i in range(1, len(r))] or [0.0])
-
-
-def verdicts(comparison: Comparison | Mapping[str, Any]) -> list[str]:
-    """Plain sentences that claim no more than the 95 % intervals over seeds do.
-
-    For each time and continual method: federated against isolated (all tests, own tests) and against centralized; what
-    each continual cell forgot; each method against fine-tuning; continual against offline; then what went wrong. Where
-    a smaller value is better they say so.
-    """
-    c = parse(comparison)
-    said: list[str] = []
-    for time, method in [("offline", ""), *(("continual", method) for method in c.methods)]:
-        centralized, isolated, federated = (
-            c.cell(p, cast(Time, time), method if time == "continual" else None)
-            for p in ("centralized", "isolated", "federated")
-        )
-        prefix = f"{time.capitalize()}{f' ({method})' if len(c.methods) > 1 and method else ''}: "
-        if federated and isolated:
-            said += [prefix + _against(c, federated, isolated, own) for own in (False, True)]
-        if federated and centralized:
-            said.append(prefix + _against(c, federated, centralized))
-        if centralized and isolated and not federated:
-            said.append(prefix + _against(c, centralized, isolated))
-    for cell in c.cells:
-        if cell.time == "continual" and cell.matrix:
-            said.append(f"{_of(c, cell).capitalize()}: {_forgot(c, cell.matrix)}")
-    for place in PLACES:
-        plain = c.cell(place, "continual", "finetune")
-        for cell in c.cells:
-            if plain and cell.place == place and cell.time == "continual" and cell is not plain and cell.error is None:
-                said.append(f"{place.capitalize()}, continual: " + _against(c, cell, plain))
-    offline = c.cell("federated", "offline")
-    for cell in c.cells:
-        if offline and (cell.place, cell.time) == ("federated", "continual") and cell.error is None:
-            said.append("Federated: " + _against(c, cell, offline))
-    for cell in c.cells:
-        if cell.error is not None:
-            said.append(f"{cell.name.capitalize()}: failed, so nothing is claimed about it ({cell.error}).")
-        elif cell.rejections:
-            noun = "contribution was" if cell.rejections == 1 else "contributions were"
-            said.append(f"{cell.name.capitalize()}: {cell.rejections} {noun} rejected and did not count.")
-    return said
-
-
-def _against(c: Comparison, a: Cell, b: Cell, own: bool = False) -> str:
-    """One sentence on the paired difference a - b."""
-    left, right = str(a.place), str(b.place)
-    if a.place == b.place:
-        left, right = a.time, b.time
-    if a.place == b.place and a.time == b.time:
-        left, right = a.method, b.method
-    elif a.place == b.place and len(c.methods) > 1:
-        left = f"{left} ({a.method})"
-    where = "the sites' own tests" if own else "all sites' tests"
-    d = paired(a.own_site, b.own_site) if own else paired(a.all_sites, b.all_sites)
-    measure, unit = c.headline, c.headline.step(c.metric)
-    side = "above" if d.mean > 0 else "below"
-    unequal = (
-        f" The budgets differ: {a.budget.samples:,} samples against {b.budget.samples:,}."
-        if a.budget.samples != b.budget.samples
-        else ""
-    )
-    if d.low is None or d.high is None:
-        lower = f" ({measure.lower})" if measure.lower else ""
-        return (
-            f"{left} measured {measure.figure(abs(d.mean))} {unit} {side} {right} on {where}{lower}, with one seed: "
-            f"there is no interval and no difference can be claimed.{unequal}"
-        )
-    if d.low <= 0 <= d.high:
-        lower = f"; {measure.lower}" if measure.lower else ""
-        return (
-            f"no difference between {left} and {right} can be claimed on {where}: {measure.figure(d.mean)} {unit} "
-            f"({_interval(measure, d.low, d.high)}, {d.n} seeds{lower}).{unequal}"
-        )
-    low, high = sorted((abs(d.low), abs(d.high)))
-    return (
-        f"{left} is {side} {right} on {where} by {measure.figure(abs(d.mean))} {unit} "
-        f"({_interval(measure, low, high)}, {d.n} seeds){measure.judged(d.mean)}.{unequal}"
-    )
-
-
-def _of(c: Comparison, cell: Cell) -> str:
-    """The place, and the method where there are several."""
-    return f"{cell.place} ({cell.method})" if len(c.methods) > 1 else cell.place
-
-
-def _forgot(c: Comparison, matrices: Sequence[Matrix]) -> str:
-    """One sentence on the forgetting of a continual cell."""
-    measure, unit = c.headline, c.headline.step(c.metric)
-    side = "below" if measure.larger else "above"
-    f = summarize([forgetting(r, measure.larger) for r in matrices])
-    lost = f"{measure.figure(f.mean)} {unit}"
-    if f.low is None or f.high is None:
-        return f"continual training lost {lost} on earlier tasks, with one seed: there is no interval."
-    if f.low <= 0:
-        return (
-            f"no forgetting can be claimed: {lost} ({_interval(measure, f.low, f.high)}, {f.n} seeds) "
-            f"{side} the best each earlier task had reached."
-        )
-    return (
-        f"continual training forgets: earlier tasks end {lost} {side} their best "
-        f"({_interval(measure, f.low, f.high)}, {f.n} seeds)."
-    )
-
-
-def _interval(measure: Measure, low: float, high: float) -> str:
-    return f"95 % interval {measure.figure(low)} to {measure.figure(high)}"

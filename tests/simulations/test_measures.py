@@ -20,7 +20,8 @@ from simulations.compare import compare, load_sites, run_one
 from simulations.measures import PERCENT, Measure, measures_of
 from simulations.report import as_markdown, headers, metric_table, row, spread, write
 from simulations.results import parse
-from simulations.statistics import backward_transfer, final_average, forgetting, verdicts
+from simulations.statistics import backward_transfer, final_average, forgetting
+from simulations.verdicts import verdicts
 
 Maker = Callable[..., Job]
 BITS: dict[str, Any] = {"unit": "bits", "factor": 1.0, "digits": 2, "larger": False}

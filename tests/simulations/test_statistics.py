@@ -7,14 +7,8 @@ from scipy import stats
 
 from shared_models.errors import RunError
 from simulations.results import load, parse, save
-from simulations.statistics import (
-    backward_transfer,
-    final_average,
-    forgetting,
-    paired,
-    summarize,
-    verdicts,
-)
+from simulations.statistics import backward_transfer, final_average, forgetting, paired, summarize
+from simulations.verdicts import verdicts
 
 # After task 3: 0.2, 0.5, 0.9. Best of task 1: 0.9, of task 2: 0.8.
 R = [[0.9, 0.1, 0.0], [0.6, 0.8, 0.1], [0.2, 0.5, 0.9]]

@@ -1,0 +1,144 @@
+"""What a comparison says in plain words: no more than the intervals over seeds do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from simulations.measures import Measure
+from simulations.results import Cell, Comparison, Place, Time, parse
+from simulations.statistics import Matrix, forgetting, paired, summarize
+
+PLACES: tuple[Place, ...] = ("centralized", "isolated", "federated")
+
+
+def verdicts(comparison: Comparison | Mapping[str, Any]) -> list[str]:
+    """Plain sentences that claim no more than the 95 % intervals over seeds do.
+
+    For each time: federated against isolated (all tests, own tests) and against centralized; what each continual cell
+    forgot; continual against offline. Of several continual methods one sentence names all: each against fine-tuning at
+    its place, and federated against the other places. Then what went wrong. They say where a smaller value is better.
+    """
+    c = parse(comparison)
+    said = _places(c, "offline")
+    if len(c.methods) > 1:
+        said += _by_method(c)
+    else:
+        said += _places(c, "continual")
+        for cell in c.cells:
+            if cell.time == "continual" and cell.matrix:
+                said.append(f"{cell.place.capitalize()}: {_forgot(c, cell.matrix)}")
+        offline, continual = c.cell("federated", "offline"), c.cell("federated", "continual")
+        if offline and continual:
+            said.append("Federated: " + _against(c, continual, offline))
+    for cell in c.cells:
+        if cell.error is not None:
+            said.append(f"{cell.name.capitalize()}: failed, so nothing is claimed about it ({cell.error}).")
+        elif cell.rejections:
+            noun = "contribution was" if cell.rejections == 1 else "contributions were"
+            said.append(f"{cell.name.capitalize()}: {cell.rejections} {noun} rejected and did not count.")
+    return said
+
+
+def _places(c: Comparison, time: Time) -> list[str]:
+    """The places of one time against each other."""
+    centralized, isolated, federated = (c.cell(place, time) for place in PLACES)
+    said, prefix = [], f"{time.capitalize()}: "
+    if federated and isolated:
+        said += [prefix + _against(c, federated, isolated, own) for own in (False, True)]
+    if federated and centralized:
+        said.append(prefix + _against(c, federated, centralized))
+    if centralized and isolated and not federated:
+        said.append(prefix + _against(c, centralized, isolated))
+    return said
+
+
+def _by_method(c: Comparison) -> list[str]:
+    """Several continual methods: each against fine-tuning, and the places against each other."""
+    said = []
+    for place in PLACES:
+        plain = c.cell(place, "continual", "finetune")
+        others = [m for m in c.methods if m != "finetune"]
+        if plain:
+            pairs = [(m, cell, plain) for m in others if (cell := c.cell(place, "continual", m))]
+            said += _together(c, f"{place.capitalize()}, continual, against fine-tuning", pairs)
+    for place in ("isolated", "centralized"):
+        found = [(m, c.cell("federated", "continual", m), c.cell(place, "continual", m)) for m in c.methods]
+        said += _together(c, f"Continual, federated against {place}", [(m, a, b) for m, a, b in found if a and b])
+    return said
+
+
+def _together(c: Comparison, what: str, pairs: Sequence[tuple[str, Cell, Cell]]) -> list[str]:
+    """One sentence on the paired differences of several methods, those that can be claimed first; none for no pair."""
+    if not pairs:
+        return []
+    measure, seeds = c.headline, len(c.seeds)
+    claimed: list[str] = []
+    open_: list[str] = []
+    for method, a, b in pairs:
+        d = paired(a.all_sites, b.all_sites)
+        if d.low is None or d.high is None:
+            open_.append(f"{method} {measure.figure(d.mean)}")
+        else:
+            shown = f"{method} {measure.figure(d.mean)} ({measure.figure(d.low)} to {measure.figure(d.high)})"
+            (open_ if d.low <= 0 <= d.high else claimed).append(shown)
+    lower = f"; {measure.lower}" if measure.lower else ""
+    unit = f"all sites' tests, {measure.step(c.metric)}"
+    if seeds == 1:
+        return [f"{what} on {unit}, with one seed{lower}: {', '.join(open_)}; no difference can be claimed."]
+    parts = [", ".join(claimed), f"no difference can be claimed for {', '.join(open_)}" if open_ else ""]
+    return [f"{what} on {unit} (95 % intervals, {seeds} seeds{lower}): {'; '.join(filter(None, parts))}."]
+
+
+def _against(c: Comparison, a: Cell, b: Cell, own: bool = False) -> str:
+    """One sentence on the paired difference a - b."""
+    left, right = (a.place, b.place) if a.place != b.place else (a.time, b.time)
+    where = "the sites' own tests" if own else "all sites' tests"
+    d = paired(a.own_site, b.own_site) if own else paired(a.all_sites, b.all_sites)
+    measure, unit = c.headline, c.headline.step(c.metric)
+    side = "above" if d.mean > 0 else "below"
+    unequal = (
+        f" The budgets differ: {a.budget.samples:,} samples against {b.budget.samples:,}."
+        if a.budget.samples != b.budget.samples
+        else ""
+    )
+    if d.low is None or d.high is None:
+        lower = f" ({measure.lower})" if measure.lower else ""
+        return (
+            f"{left} measured {measure.figure(abs(d.mean))} {unit} {side} {right} on {where}{lower}, with one seed: "
+            f"there is no interval and no difference can be claimed.{unequal}"
+        )
+    if d.low <= 0 <= d.high:
+        lower = f"; {measure.lower}" if measure.lower else ""
+        return (
+            f"no difference between {left} and {right} can be claimed on {where}: {measure.figure(d.mean)} {unit} "
+            f"({_interval(measure, d.low, d.high)}, {d.n} seeds{lower}).{unequal}"
+        )
+    low, high = sorted((abs(d.low), abs(d.high)))
+    return (
+        f"{left} is {side} {right} on {where} by {measure.figure(abs(d.mean))} {unit} "
+        f"({_interval(measure, low, high)}, {d.n} seeds){measure.judged(d.mean)}.{unequal}"
+    )
+
+
+def _forgot(c: Comparison, matrices: Sequence[Matrix]) -> str:
+    """One sentence on the forgetting of a continual cell."""
+    measure, unit = c.headline, c.headline.step(c.metric)
+    side = "below" if measure.larger else "above"
+    f = summarize([forgetting(r, measure.larger) for r in matrices])
+    lost = f"{measure.figure(f.mean)} {unit}"
+    if f.low is None or f.high is None:
+        return f"continual training lost {lost} on earlier tasks, with one seed: there is no interval."
+    if f.low <= 0:
+        return (
+            f"no forgetting can be claimed: {lost} ({_interval(measure, f.low, f.high)}, {f.n} seeds) "
+            f"{side} the best each earlier task had reached."
+        )
+    return (
+        f"continual training forgets: earlier tasks end {lost} {side} their best "
+        f"({_interval(measure, f.low, f.high)}, {f.n} seeds)."
+    )
+
+
+def _interval(measure: Measure, low: float, high: float) -> str:
+    return f"95 % interval {measure.figure(low)} to {measure.figure(high)}"
