@@ -27,6 +27,7 @@ NOTHING = "–"
 SITE_LIMIT = 24  # more sites or classes than this would make the page unreadable; it says how many it leaves out
 CLASS_LIMIT = 40
 METRIC_LIMIT = 14
+PARADIGM_LIMIT = 8  # columns of paradigms in a table
 SIMULATED = (
     "the noise of this simulation comes from the job's seed, so that it can be repeated: it shows what privacy costs "
     "and protects nobody"
@@ -59,14 +60,14 @@ def tables(comparison: Given, width: int = 120) -> list[Table]:
         for cells in rows:
             shown.add_row(*(Text(cells[i]) for i in columns))
         found.append(shown)
-    head, rows = metric_table(c)
-    if rows:
+    for head, rows in (metric_table(c), stream_table(c)):
         shown = Table(title_justify="left")
         for i, name in enumerate(head):
             shown.add_column(Text(name), justify="right" if i else "left", overflow="ellipsis" if i else "fold")
         for cells in rows:
             shown.add_row(*map(Text, cells))
-        found.append(shown)
+        if rows:
+            found.append(shown)
     return found
 
 
@@ -77,9 +78,8 @@ def as_markdown(comparison: Given) -> str:
         RunError: the comparison lacks something.
     """
     c = parse(comparison)
-    said = _markdown(headers(c), [row(cell, c.headline, private(c)) for cell in c.cells])
-    head, rows = metric_table(c)
-    return f"{said}\n{_markdown(head, rows)}" if rows else said
+    summary = (headers(c), [row(cell, c.headline, private(c)) for cell in c.cells])
+    return "\n".join(_markdown(head, rows) for head, rows in (summary, metric_table(c), stream_table(c)) if rows)
 
 
 def _markdown(head: list[str], body: list[list[str]]) -> str:
@@ -154,8 +154,8 @@ def row(cell: Cell, measure: Measure = PERCENT, private: bool = False) -> list[s
 def metric_table(c: Comparison) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the second table: every metric on all sites' tests, a column for each paradigm that was run.
 
-    A metric that is not defined for some seed is left open. Nothing where the task has one metric only. The unit stands
-    in the head where all are percentages, else in each row's name.
+    Many paradigms are the rows instead. A metric that is not defined for some seed is left open. Nothing where the task
+    has one metric only. The unit stands in the head where all are percentages, else in each row's name.
     """
     done = [cell for cell in c.cells if cell.error is None]
     if len(c.metrics) < 2 or not done:
@@ -167,7 +167,35 @@ def metric_table(c: Comparison) -> tuple[list[str], list[list[str]]]:
         found = [[v for v in cell.metrics.get(name, []) if v is not None and math.isfinite(v)] for cell in done]
         shown = (spread(v, measure) if len(v) == len(c.seeds) else NOTHING for v in found)
         rows.append([name if percent else measure.title(name), *shown])
-    return ["all sites' tests, %" if percent else "all sites' tests", *(cell.name for cell in done)], rows
+    head = ["all sites' tests, %" if percent else "all sites' tests", *(cell.name for cell in done)]
+    if len(done) > PARADIGM_LIMIT:
+        head, *rows = map(list, zip(head, *rows, strict=True))
+    return head, rows
+
+
+def stream_table(c: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the third table: what each continual paradigm knows after the last task, and its figures."""
+    done = [cell for cell in c.cells if cell.error is None and cell.matrix]
+    if not done:
+        return [], []
+    m = c.headline
+    count = len((done[0].matrix or [[]])[0])
+    title = m.title(c.metric)
+    head = [f"after the last task, {title}", *(f"task {i + 1}" for i in range(count)), "mean", "with the task known",
+            "backward transfer", "forward transfer", "examples kept"]  # fmt: skip
+    rows = []
+    for cell in done:
+        last = [r[-1] for r in cell.matrix or ()]
+        rows.append([
+            cell.name,
+            *(spread([values[i] for values in last], m) for i in range(count)),
+            spread([final_average(r) for r in cell.matrix or ()], m),
+            spread([final_average(r) for r in cell.known], m) if cell.known else NOTHING,
+            spread([backward_transfer(r, m.larger) for r in cell.matrix or ()], m),
+            _forward(cell, m) or NOTHING,
+            f"{cell.buffer:,}" if cell.buffer else NOTHING,
+        ])  # fmt: skip
+    return head, rows
 
 
 def _metric_names(c: Comparison) -> list[str]:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from shared_models.errors import RunError
 from simulations import charts
-from simulations.report import as_markdown, headers, row, tables, write
+from simulations.report import as_markdown, headers, metric_table, row, stream_table, tables, write
 from simulations.results import parse
 
 SITES = ["North General", "Riverside Clinic", "St. Anne's"]
@@ -230,7 +230,9 @@ def test_the_three_tables_hold_the_same_figures(tmp_path):
         assert value in terminal
         assert value in markdown
         assert value in page
-    lines = markdown.splitlines()
+    summary, streams = markdown.split("\n\n")
+    assert streams.startswith("| after the last task, accuracy % | task 1 |")
+    lines = summary.splitlines()
     assert len(lines) == 2 + len(c.cells)
     assert {line.count("|") for line in lines} == {len(headers(c)) + 1}
 
@@ -242,6 +244,33 @@ def test_a_row_by_hand():
     assert row(parse(c).cells[1]) == [
         "federated, offline", "90.0 ± 10.0", "50.0 ± 0.0", "–", "57,600", "1,440", "60", "1.2 / 0.052", "3.0",
     ]  # fmt: skip
+
+
+def test_what_is_known_after_the_last_task_by_hand():
+    c = example(failed=False)
+    cell = next(cell for cell in c["cells"] if cell["time"] == "continual")
+    seeds = len(c["seeds"])
+    cell |= {
+        "matrix": [[[0.9, 0.1], [0.4, 0.8]]] * seeds, "known": [[[1.0, 0.5], [0.8, 0.9]]] * seeds,
+        "untrained": [[0.1, 0.2]] * seeds, "method": "er", "buffer": 1200,
+    }  # fmt: skip
+    c["cells"] = [cell]
+    head, (figures,) = stream_table(parse(c))
+    assert dict(zip(head, figures, strict=True)) == {
+        "after the last task, accuracy %": f"{cell['place']}, continual (er)", "task 1": "40.0 ± 0.0",
+        "task 2": "80.0 ± 0.0", "mean": "60.0 ± 0.0", "with the task known": "85.0 ± 0.0",
+        "backward transfer": "−50.0 ± 0.0", "forward transfer": "−10.0 ± 0.0", "examples kept": "1,200",
+    }  # fmt: skip
+
+
+def test_many_paradigms_are_rows():
+    c = example(failed=False)
+    one = {**c["cells"][0], "metrics": {"accuracy": c["cells"][0]["all_sites"], "macro_f1": c["cells"][0]["all_sites"]}}
+    c["metrics"] = ["accuracy", "macro_f1"]
+    c["cells"] = [{**one, "time": "continual", "method": f"m{i}", "matrix": None} for i in range(9)]
+    head, rows = metric_table(parse(c))
+    assert head == ["all sites' tests, %", "accuracy", "macro_f1"]
+    assert [r[0] for r in rows] == [f"centralized, continual (m{i})" for i in range(9)]
 
 
 def test_markup_in_an_error_is_shown_as_it_is(tmp_path):
