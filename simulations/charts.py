@@ -33,7 +33,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; `style` is a place and a time, e.g. `federated continual`."""
+    """One curve; `style` is a place and a time, e.g. `federated continual`, then `m1` to `m5` for other methods."""
 
     label: str
     style: str
@@ -155,7 +155,8 @@ def bars(key: str, title: str, rows: Sequence[Bar], axis: Axis = PERCENT) -> Mar
         rows: from top to bottom; values in the axis' unit.
         axis: from end to end.
     """
-    left, right, step = 144, axis.room + 12, 25
+    left = min(200, max(144, *(_width(bar.label) + 6 for bar in rows)))
+    right, step = axis.room + 12, 25
     height = len(rows) * step + 30
     low, high = axis.ticks[0], axis.ticks[-1]
 

@@ -236,7 +236,7 @@ def _view(c: Comparison) -> dict[str, Any]:
         "metrics": metric_table(c),
         "pictures": c.pictures,
         "quotes": c.quotes,
-        "legend": [(cell.name, charts.swatch(f"{cell.place} {cell.time}")) for cell in done],
+        "legend": [(cell.name, charts.swatch(_style(c, cell))) for cell in done],
         "overview": _overview(c, axis),
         "curves": _curves(c, done),
         "uncurved": not any(_points(cell, c.metric, 1) for cell in done),
@@ -247,6 +247,12 @@ def _view(c: Comparison) -> dict[str, Any]:
         "budget": _budget(done),
         "settings": pages.flat(c.job),
     }
+
+
+def _style(c: Comparison, cell: Cell) -> str:
+    """How a paradigm is drawn: by place, time, and, where there are several, method."""
+    number = c.methods.index(cell.method) if cell.time == "continual" else 0
+    return f"{cell.place} {cell.time}" + (f" m{(number - 1) % 5 + 1}" if number else "")
 
 
 def _differences(c: Comparison) -> str:
@@ -277,7 +283,7 @@ def _axis(c: Comparison, done: Sequence[Cell]) -> charts.Axis:
 
 
 def _bar(c: Comparison, cell: Cell, values: Sequence[float], mark: Sequence[float] = ()) -> charts.Bar:
-    style, factor = f"{cell.place} {cell.time}", c.headline.factor
+    style, factor = _style(c, cell), c.headline.factor
     if cell.error is not None:
         return charts.Bar(cell.name, style, None, None, "failed")
     s = summarize(values)
@@ -305,9 +311,7 @@ def _curves(c: Comparison, done: Sequence[Cell]) -> list[tuple[str, Markup]]:
         ("loss", "Loss", " (mean per example)", 1),
     ):
         series = [
-            charts.Series(cell.name, f"{cell.place} {cell.time}", points)
-            for cell in done
-            if (points := _points(cell, key, scale))
+            charts.Series(cell.name, _style(c, cell), points) for cell in done if (points := _points(cell, key, scale))
         ]
         if series:
             title = f"{name} on validation data"

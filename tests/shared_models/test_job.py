@@ -75,7 +75,7 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
         ("model.kernl=5", "[model] cnn: unknown key 'kernl', did you mean 'kernel'?"),
         ("method.name=fedprix", "unknown method 'fedprix'. did you mean 'fedprox'"),
         ("method={name='fedavg', mu=1}", "job.toml: [method]: unknown key 'mu', known: weighting"),
-        ("continual.name=finetun", "unknown method 'finetun'. did you mean 'finetune'?"),
+        ("continual.name=finetun", "unknown method 'finetun'. did you mean 'finetune'"),
         ("task.name=clasification", "unknown task 'clasification'. did you mean 'classification'"),
         ("task.topk=5", "job.toml: [task]: unknown key 'topk'"),
         ("trian.lr=1", "job.toml: unknown key 'trian', did you mean 'train' or 'stream' or 'privacy'?"),
@@ -207,7 +207,8 @@ def test_the_hash_never_changes_by_accident() -> None:
         '"method":{"name":"fedavg","weighting":"examples"},"model":{"name":"logistic","size":"tiny"},'
         '"name":"pinned","place":"federated","privacy":{"accountant":"rdp","clip":1.0,"clip_rate":0.2,"delta":1e-05,'
         '"epsilon":0.0,"gradients":"auto","mechanism":"gaussian","mode":"none","noise":null,"noise_by":"server",'
-        '"quantile":0.0,"sampling":"poisson"},"seed":0,"share":{"base":[],"personal":[]},"stages":[],"stream":{"tasks":5},'
+        '"quantile":0.0,"sampling":"poisson"},"seed":0,"share":{"base":[],"personal":[]},"stages":[],'
+        '"stream":{"amount":null,"kind":"classes","tasks":5},'
         '"task":{"aliases":{},"class_weights":[],"headline":null,"label_smoothing":0.0,"labels":["a","b"],'
         '"name":"classification"},"time":"offline","train":{"accumulate":1,"batch_size":32,"clip":0.0,'
         '"deterministic":true,"epochs":1.0,"lr":0.05,"momentum":0.0,"optimizer":"sgd","precision":"fp32",'

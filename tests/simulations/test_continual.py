@@ -69,7 +69,7 @@ def test_replay_remembers_what_fine_tuning_forgets(job: Job, sites: SitePopulati
         "Federated, continual, against fine-tuning on all sites' tests, points (95 % intervals, 2 seeds): er " in said
     )
     assert "Continual, federated against centralized on all sites' tests" in said
-    page = report.render(found)
+    page = report.write(found, tmp_path / "report.html").read_text()
     assert "120 examples kept in all" in page
     assert "forward transfer" in page
     assert results.parse(json.loads(found.model_dump_json())) == found
