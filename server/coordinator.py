@@ -254,7 +254,10 @@ class Coordinator:
     def _end_task(self, task: int, round: int) -> None:
         if any(overrides(piece, "end_task") for piece in make_pieces(self.job)):
             base = self._instruction("end_task", task=task, round=round, groups=self.method.down(self.state))
-            for reply in self.executor.run(replace(base, site=site) for site in self._evaluators()):
+            part = self.job.federation
+            for reply in self.executor.run(
+                replace(base, site=site) for site in self.executor.population(part.min_sites, part.wait)
+            ):
                 self._accept(reply, base)
         row = self._row(round)
         self.progress.matrix.append(row["test"])

@@ -24,12 +24,12 @@ class EWCSettings(MethodSettings):
     """Settings of online EWC.
 
     Attributes:
-        strength: lambda >= 0; 0 is fine-tuning.
+        strength: lambda >= 0; 0 is fine-tuning. One that is too large for the learning rate lets the steps diverge.
         decay: gamma in [0, 1]: what remains of earlier tasks' Fisher information when a task ends.
         samples: at most so many of a task's examples, drawn at random, give the expectation.
     """
 
-    strength: Annotated[float, Field(ge=0)] = 100.0
+    strength: Annotated[float, Field(ge=0)] = 10.0
     decay: Annotated[float, Field(ge=0, le=1)] = 1.0
     samples: PositiveInt = 500
 

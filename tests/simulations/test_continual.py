@@ -75,6 +75,18 @@ def test_replay_remembers_what_fine_tuning_forgets(job: Job, sites: SitePopulati
     assert results.parse(json.loads(found.model_dump_json())) == found
 
 
+@pytest.mark.parametrize("place", ["centralized", "federated", "isolated"])
+def test_what_a_method_learns_at_the_end_of_a_task_reaches_who_trains(
+    job: Job, sites: SitePopulation, place: str
+) -> None:
+    """A single client stands for all sites in one place, and in another only one of them trains."""
+    short = job.replace(federation={"rounds": 4}, stream={"tasks": 2})
+    methods = ["finetune", "ewc", "lwf", "si"]
+    found = compare(short, sites, paradigms=[(place, "continual")], methods=methods, seeds=(0,))  # type: ignore[list-item]
+    losses = {cell.method: cell.metrics["calibration"][0] for cell in found.cells}
+    assert len(set(losses.values())) == 4, losses
+
+
 def test_forward_transfer_by_hand() -> None:
     r = [[0.9, 0.3, 0.1], [0.5, 0.9, 0.5], [0.4, 0.6, 0.8]]
     assert forward_transfer(r, [0.1, 0.1, 0.2]) == pytest.approx(((0.3 - 0.1) + (0.5 - 0.2)) / 2)
