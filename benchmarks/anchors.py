@@ -144,6 +144,8 @@ def one(name: str, job: Job, sites: SitePopulation, found: dict[str, Any], folde
         print(f"{name}: round {event['round'] + 1} of {job.federation.rounds}, {accuracy:.4f}", flush=True)
 
     folder.mkdir(parents=True, exist_ok=True)
+    if job.time == "continual" and (folder / "checkpoint").exists():
+        raise SystemExit(f"error: {folder} holds a stream, whose sites have forgotten what they kept. Delete it")
     loop = Coordinator(job, engine, name, folder=folder, events=Events(None, measure), evaluators=names)
     outcome = loop.run()
     found["matrices"].append([list(row) for row in outcome.matrix])

@@ -66,7 +66,7 @@ class Replay:
             batch = data.store.prepare(raw, self.bench.device, self.bench.augment)
             outputs = self.held["outputs"][rows].to(batch.x.device) if "outputs" in self.held else None
             marks = torch.full((len(rows),), number, device=batch.x.device)
-            drawn.append(Batch(batch.x, batch.y, past=Past(marks, torch.ones_like(marks).float(), outputs)))
+            drawn.append(Batch(batch.x, batch.y, past=Past(marks, torch.ones_like(marks).float(), batch.y, outputs)))
         return drawn
 
     def add(self, data: Examples, indices: Tensor, outputs: Tensor | None) -> None:
@@ -116,5 +116,5 @@ def join(own: Batch, drawn: Sequence[Batch], said: Tensor | None = None) -> Batc
             known = torch.zeros((len(part), *width), device=device)
         if known is not None:
             outputs.append(known)
-    past = Past(torch.cat(marks), torch.cat(scales), torch.cat(outputs) if outputs else None)
+    past = Past(torch.cat(marks), torch.cat(scales), own.y, torch.cat(outputs) if outputs else None)
     return Batch(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]), past=past)

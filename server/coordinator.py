@@ -255,10 +255,13 @@ class Coordinator:
         if any(overrides(piece, "end_task") for piece in make_pieces(self.job)):
             base = self._instruction("end_task", task=task, round=round, groups=self.method.down(self.state))
             part = self.job.federation
-            for reply in self.executor.run(
-                replace(base, site=site) for site in self.executor.population(part.min_sites, part.wait)
-            ):
-                self._accept(reply, base)
+            asked = list(self.executor.population(part.min_sites, part.wait))
+            for _ in range(ATTEMPTS):
+                replies = list(self.executor.run(replace(base, site=site) for site in asked))
+                asked = [r.site for r in replies if not self._accept(r, base) and r.code in PASSING]
+                if not asked:
+                    break
+                self.executor.population(part.min_sites, part.wait)  # until they are back
         row = self._row(round)
         self.progress.matrix.append(row["test"])
         if "known" in row:
@@ -267,8 +270,8 @@ class Coordinator:
 
     def _row(self, round: int) -> dict[Part, list[float]]:
         """The headline metric of the model as it is on the test part of every task, and with the task known."""
-        tasks = range(len(self.job.tasks))
-        parts: tuple[Part, ...] = ("test", "known") if self.job.stream.kind == "classes" else ("test",)
+        tasks, told = range(len(self.job.tasks)), self.job.stream.kind == "classes" and self.task.chooses
+        parts: tuple[Part, ...] = ("test", "known") if told else ("test",)
         replies = self._evaluate(self.state["model"], tuple((p, t) for p in parts for t in tasks), round)
         found = {p: [self.task.values(_merge(replies, f"{p}/{t}"))[self.task.headline] for t in tasks] for p in parts}
         return {p: [round_to(v) for v in values] for p, values in found.items()}

@@ -43,6 +43,12 @@ def _target(job: Job) -> str:
     return tasks[job.task.name].target
 
 
+def _chooses(job: Job) -> bool:
+    from shared_models.tasks.base import tasks
+
+    return tasks[job.task.name].chooses
+
+
 def _remembers(job: Job) -> bool:
     """Whether the continual method keeps examples, or what a model said of them."""
     from shared_models.methods.base import make_pieces, overrides
@@ -83,9 +89,17 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "stream.kind = 'rotation' turns images without their {target}; 'blur' and 'drift' leave everything in place",
     ),
     (
-        lambda job: _target(job) != "class" and _remembers(job),
-        "continual method '{job.continual.name}' replays or repeats single answers, and one of the task "
-        "'{job.task.name}' is none; 'finetune', 'joint', 'ewc' and 'si' can train it",
+        lambda job: _remembers(job) and not _chooses(job),
+        "continual method '{job.continual.name}' replays or repeats choices among labels, and the task "
+        "'{job.task.name}' makes none; 'finetune', 'joint', 'ewc' and 'si' can train it",
+    ),
+    (
+        lambda job: job.stream.kind == "drift" and (job.stream.amount or 0) > 1,
+        "stream.amount = {job.stream.amount} is a share of the contrast, and 1 is all of it",
+    ),
+    (
+        lambda job: job.stream.kind == "blur" and 2 * (job.stream.amount or 0) >= min(job.data.shape[-2:]) - 1,
+        "stream.amount = {job.stream.amount} blurs over more pixels than data.shape = {job.data.shape} has",
     ),
     (
         lambda job: bool(job.stages) and job.time == "continual",

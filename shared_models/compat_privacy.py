@@ -123,13 +123,13 @@ PRIVACY_RULES: tuple[Rule, ...] = (
         "none for them; 'fedavg' can train this model",
     ),
     (
-        lambda job: _sample(job) and _again(job) and job.privacy.noise != 0,
+        lambda job: _sample(job) and _again(job),
         "continual method '{job.continual.name}' trains on examples of earlier tasks again, otherwise than by the "
         "Poisson sampling that privacy.mode = 'sample' accounts for; 'finetune' can be protected, or "
         "privacy.mode = 'client'",
     ),
     (
-        lambda job: _sample(job) and _pieces(job, "end_task") and job.privacy.noise != 0,
+        lambda job: _sample(job) and _pieces(job, "end_task"),
         "continual method '{job.continual.name}' keeps what it measured on a task's examples without noise, and later "
         "rounds would tell of it past privacy.mode = 'sample'; 'finetune' can be protected, or privacy.mode = 'client'",
     ),

@@ -126,6 +126,14 @@ class SitePopulation:
         self.names: Sequence[str] = list(partition.rows)
         self._splits: dict[str, Splits] = {}
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the examples: names, inputs and targets."""
+        found = hashlib.sha256("\x1f".join(self.store.names).encode("utf-8", "surrogateescape"))
+        for tensor in (self.store.x, self.store.y):
+            found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
     def splits(self, name: str) -> Splits:
         """One site's train, validation and test parts; raises DataError, which names the site, where one is empty."""
         own = self.own(name)

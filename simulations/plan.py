@@ -17,6 +17,7 @@ from simulations.runs import Run
 
 PLACES: tuple[Place, ...] = ("centralized", "federated", "isolated")
 TIMES: tuple[Time, ...] = ("offline", "continual")
+SHARED = ("buffer", "replay")  # keys of `[continual]` that mean the same for all methods
 OFFLINE: tuple[tuple[Place, Time], ...] = tuple((place, "offline") for place in PLACES)
 
 
@@ -54,8 +55,8 @@ def plan(
 ) -> list[list[Run]]:
     """The runs of a comparison: a list a cell, a run a seed. Offline there is nothing for a continual method to do.
 
-    A method takes the keys of the job's `[continual]` that it knows. All methods keep the same number of examples in
-    all, at every place: a single client keeps as many as all sites together.
+    Other methods than the job's own take of its `[continual]` what all have in common, the size of the memory. All keep
+    the same number of examples in all, at every place: a single client keeps as many as all sites together.
 
     Args:
         job: place, time, seed and continual method of it are replaced by the cells'.
@@ -67,11 +68,18 @@ def plan(
     Raises:
         FedzooError: a method is unknown, or does not go with the job.
     """
+    if methods and all(time == "offline" for _, time in paradigms):
+        raise ConfigError(
+            f"continual methods ({', '.join(methods)}) have nothing to do offline", hint="Add --time offline,continual"
+        )
     cells = []
     for place, time in paradigms:
-        for method in (methods or (job.continual.name,)) if time == "continual" else (job.continual.name,):
+        for method in (
+            (dict.fromkeys(methods) or (job.continual.name,)) if time == "continual" else (job.continual.name,)
+        ):
             known = known_methods.get(method, "--continual").Settings.model_fields
-            keys = {k: v for k, v in job.continual.keys.items() if k in known}
+            own = method == job.continual.name
+            keys = {k: v for k, v in job.continual.keys.items() if own or (k in known and k in SHARED)}
             chosen = job.replace(continual={"name": method, **keys})
             cells.append([Run(with_memory(variant(chosen, place, time, seed), sites)) for seed in seeds])
     return cells

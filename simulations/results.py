@@ -319,6 +319,7 @@ def _of_result(result: Mapping[str, Any], job: Job, folder: Path) -> Comparison:
         metrics={name: [result["all_sites"].get(name)] for name in task.metrics},
         curves=[result["curve"]],
         method=job.continual.name if job.time == "continual" else "",
+        buffer=job.continual.keys.get("buffer", 0) * len(per_site) if job.time == "continual" else 0,
         matrix=[result["matrix"]] if result["matrix"] else None,
         known=[result["known"]] if result.get("known") else None,
         untrained=[result["untrained"]] if result.get("untrained") else None,

@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,15 @@ class Run:
             listen: hears every event.
 
         Raises:
-            FedzooError: it failed.
+            FedzooError: it failed, or the folder holds a finished run of another job or of other data.
         """
         place = folder / self.name if folder else None
-        identity = {"job": self.job.hash, "sites": sites.partition.hash}
+        identity = {
+            "job": self.job.hash,
+            "simulation": self.job.simulation.model_dump(mode="json"),
+            "sites": sites.partition.hash,
+            "data": sites.digest,
+        }
         found = _found(place, identity) if place else None
         if found is not None:
             return found
@@ -99,12 +105,22 @@ def side_by_side(
     drain = threading.Thread(target=_drain, args=(events, listen), daemon=True)
     if events:
         drain.start()
-    with ProcessPoolExecutor(processes, context, _begin, (sites, folder, events)) as pool:
-        for done in [pool.submit(_one, run) for run in runs]:
-            yield done.result()
-    if events:
-        events.put(None)
-        drain.join()
+    pool = ProcessPoolExecutor(processes, context, _begin, (sites, folder, events))
+    try:
+        for run, done in [(run, pool.submit(_one, run)) for run in runs]:
+            try:
+                failed = done.result()
+            except BrokenProcessPool:
+                raise RunError(
+                    f"the process that carried out {run.name} has died, perhaps for want of memory",
+                    hint="Go on with the same command and --out, and fewer --jobs",
+                ) from None
+            yield failed or run.carry_out(sites, Benches(), folder, None)  # which finds what the process has left
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if events:
+            events.put(None)
+            drain.join()
 
 
 _shared: dict[str, Any] = {}
@@ -115,11 +131,13 @@ def _begin(sites: SitePopulation, folder: Path, events: Any) -> None:
     _shared.update(sites=sites, folder=folder, benches=Benches(), events=events)
 
 
-def _one(run: Run) -> Result | FedzooError:
+def _one(run: Run) -> FedzooError | None:
+    """What failed; the result lies in the folder, where the parent finds it: tensors do not travel."""
     events = _shared["events"]
     listen = (lambda *said: events.put(said)) if events else None
     try:
-        return run.carry_out(_shared["sites"], _shared["benches"], _shared["folder"], listen)
+        run.carry_out(_shared["sites"], _shared["benches"], _shared["folder"], listen)
+        return None
     except FedzooError as error:
         return error
 
@@ -129,19 +147,22 @@ def _drain(events: Any, listen: Listen) -> None:
         listen(*said)
 
 
-def _leave(place: Path, identity: Mapping[str, str], result: Result) -> None:
+def _leave(place: Path, identity: Mapping[str, Any], result: Result) -> None:
     """The models first: without the other file a run is not finished."""
     flat = {f"{name}/{entry}": t.contiguous() for name, model in result.models.items() for entry, t in model.items()}
     write_whole(place / "models.safetensors", save(flat))
     write_whole(place / "outcome.json", json.dumps({**identity, "result": asdict(replace(result, models={}))}))
 
 
-def _found(place: Path, identity: Mapping[str, str]) -> Result | None:
-    """The result of a finished run; None where there is none, or that of another job or split."""
+def _found(place: Path, identity: Mapping[str, Any]) -> Result | None:
+    """The result of a finished run; None where there is none."""
     try:
         left = json.loads((place / "outcome.json").read_bytes())
         if {name: left[name] for name in identity} != identity:
-            return None
+            raise RunError(
+                f"{place} holds a finished run of another job, other data or another split",
+                hint="Name another folder, or delete that one",
+            )
         models: dict[str, dict[str, torch.Tensor]] = {}
         for path, tensor in load((place / "models.safetensors").read_bytes()).items():
             name, _, entry = path.partition("/")

@@ -3,7 +3,8 @@
     g <- g - (g . r) / (r . r) r    where g . r < 0
 
 r is the gradient on old examples: a step that would raise their loss is turned until it does not, to first order. The
-product is over all trained parameters together.
+product is over all trained parameters together. What is kept is a reservoir, as with the other methods, so that
+examples of the task at hand are among the old ones (A-GEM-R in Buzzega et al. 2020).
 """
 
 from __future__ import annotations

@@ -26,10 +26,11 @@ class AsymmetricReplay(Method):
 
     def see(self, outputs: Tensor, batch: Batch, round_state: Groups) -> Tensor:
         """The logits of the batch's own examples, those of classes that are not among them out of the way."""
-        own = torch.ones_like(batch.y, dtype=torch.bool) if batch.past is None else batch.past.draw == 0
+        if batch.past is None:  # nothing old is there to be unlearned
+            return outputs
         among = torch.zeros(outputs.shape[1], dtype=torch.bool, device=outputs.device)
-        among[batch.y[own]] = True
-        return outputs.masked_fill(own[:, None] & ~among, NEVER)
+        among[batch.past.labels] = True
+        return outputs.masked_fill((batch.past.draw == 0)[:, None] & ~among, NEVER)
 
     def loss(self, values: Tensor, params: Tensors, batch: Batch, outputs: Tensor, round_state: Groups) -> Tensor:
         """The sum of both means."""

@@ -1,6 +1,6 @@
 """Joint training: each task is trained on together with all before it, as if no data ever went away.
 
-What a stream could reach at best, with the same number of steps; no continual method has this much.
+It processes as many samples as the other methods, of more data: no continual method has them.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class LearningWithoutForgetting(Method):
         """Keep the model, and add the task's classes to those it knows."""
         entries = {n: t.detach().clone() for n, t in model.state_dict().items()}
         seen = torch.cat([batch.y for batch in batches])
-        now = torch.zeros(task.outputs, dtype=torch.uint8, device=seen.device)
+        now = torch.zeros(len(task.settings.labels), dtype=torch.uint8, device=seen.device)
         now[seen] = 1
         before = kept.get("known", {}).get("classes", torch.zeros_like(now))
         return {"former": entries, "known": {"classes": torch.maximum(before, now)}}

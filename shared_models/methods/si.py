@@ -53,7 +53,9 @@ class SynapticIntelligence(Method):
 
     def after_step(self, grads: Tensors, before: Tensors, params: Tensors, round_state: Groups) -> Groups:
         """omega - g dw."""
-        path = round_state["path"]
+        path, start = round_state["path"], round_state["start"]
+        if not path:  # entries that the server does not know start here too
+            round_state = {**round_state, "start": {**before, **start}}
         moved = {n: g * (before[n] - params[n].detach()) for n, g in grads.items()}
         return {**round_state, "path": {n: path[n] + m if n in path else m for n, m in moved.items()}}
 

@@ -38,11 +38,13 @@ class Past:
     Attributes:
         draw: (B,) int64: 0 for the batch's own examples, n for those of the n-th draw from what the site keeps.
         scale: (B,) float32, B / (examples of the same draw): times it, the mean over the batch is the draw's own.
+        labels: targets of the batch's own examples, all of them also where it is cut into parts.
         outputs: (B, C) float32, what an earlier model said of the examples, zeros where none was asked; None: nowhere.
     """
 
     draw: Tensor
     scale: Tensor
+    labels: Tensor
     outputs: Tensor | None = None
 
 
@@ -68,7 +70,8 @@ class Batch:
         """Some of its samples."""
         past = self.past
         if past is not None:
-            past = Past(past.draw[rows], past.scale[rows], None if past.outputs is None else past.outputs[rows])
+            said = None if past.outputs is None else past.outputs[rows]
+            past = Past(past.draw[rows], past.scale[rows], past.labels, said)
         return Batch(self.x[rows], self.y[rows], None if self.proposals is None else self.proposals[rows], past)
 
     def pinned(self) -> Batch:
@@ -138,6 +141,7 @@ class Task(ABC):
         metrics: names of the metrics that `values` has for every job, the default headline first.
         measures: how those of them are shown that are no fractions of which a larger one is better.
         each: whether the model is asked for `outputs` numbers at every position of a text or series.
+        chooses: whether the outputs are one logit a label, (B, C).
         draws: whether `forward` draws random numbers in evaluation too; they are then the same in every round.
     """
 
@@ -147,6 +151,7 @@ class Task(ABC):
     metrics: ClassVar[tuple[str, ...]]
     measures: ClassVar[Mapping[str, Measure]] = {}
     each: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
     draws: ClassVar[bool] = False
 
     def __init__(self, settings: Any, data: DataPart | None = None) -> None:

@@ -63,6 +63,7 @@ class Classification(Task):
 
     Settings = ClassificationSettings
     metrics = ("accuracy", "macro_f1", "auroc", "calibration")
+    chooses = True
     most_bins: ClassVar[int] = 512  # of a score histogram
     room: ClassVar[int] = 2**20  # bytes that all score histograms may take
 

@@ -51,6 +51,7 @@ class ZeroShot(Task):
     """Targets are class indices (B,); the model is an `ImageText`, e.g. the one of a contrastive stage before.
 
     An image's logits are its scaled cosines with the descriptions; they can be trained like any others. Loss and
+    chooses = True
     metrics are those of classification.
     """
 

@@ -80,7 +80,7 @@ def test_a_draw_is_of_different_examples_and_is_normalised_like_new_ones(make_jo
 
 def test_the_scale_makes_each_draws_own_mean_of_the_mean_over_all() -> None:
     own = Batch(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
-    marks = [Past(torch.full((n,), i), torch.ones(n), torch.full((n, 2), float(i))) for i, n in ((1, 5), (2, 2))]
+    marks = [Past(torch.full((n,), i), torch.ones(n), own.y, torch.full((n, 2), float(i))) for i, n in ((1, 5), (2, 2))]
     drawn = [Batch(torch.ones(len(p.draw), 2), torch.ones(len(p.draw), dtype=torch.int64), past=p) for p in marks]
     batch = join(own, drawn)
     assert batch.past is not None
@@ -145,10 +145,11 @@ def test_earlier_examples_are_replayed_from_the_node_after_they_are_gone(
     assert any(not torch.equal(t, other[n]) for n, t in with_all.groups["model"].items())
 
 
-def test_nothing_is_kept_where_all_data_are_there_at_once(
-    make_job: MakeJob, make_splits: Callable[..., Splits]
+@pytest.mark.parametrize("method", ["er", "er-ace", "der++", "a-gem", "ewc", "lwf", "joint"])
+def test_offline_a_continual_method_changes_nothing(
+    make_job: MakeJob, make_splits: Callable[..., Splits], method: str
 ) -> None:
-    job, state = make_job(time="offline", continual={"name": "der++"}), MemoryState()
+    job, state = make_job(time="offline", continual={"name": method}), MemoryState()
     handler = Handler("a", lambda job: make_splits(0), state, Policy(approve_all=True), Benches(CPU))
     plain = handler.handle(ask(make_job(time="offline"), 0))
     sums = {n: t.clone() for n, t in plain.groups["model"].items()}

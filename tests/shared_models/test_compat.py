@@ -261,9 +261,19 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {"stream": {"kind": "drift"}, **SEGMENTATION},
     ),
     (
-        "continual method 'rehearsal' replays or repeats single answers, and one of the task 'segmentation' is none",
+        "continual method 'rehearsal' replays or repeats choices among labels, and the task 'segmentation' makes none",
         {"continual": {"name": "rehearsal"}, **SEGMENTATION},
         {"continual": {"name": "ewc"}, **SEGMENTATION},
+    ),
+    (
+        "stream.amount = 1.5 is a share of the contrast, and 1 is all of it",
+        {"stream": {"kind": "drift", "amount": 1.5}},
+        {"stream": {"kind": "drift", "amount": 1.0}},
+    ),
+    (
+        "stream.amount = 5.0 blurs over more pixels than data.shape = (1, 8, 8) has",
+        {"stream": {"kind": "blur", "amount": 5.0}},
+        {"stream": {"kind": "blur", "amount": 2.0}},
     ),
     (
         "simulation.partition = 'dirichlet' shares out each class, and an example of the task 'segmentation'",

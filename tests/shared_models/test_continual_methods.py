@@ -27,10 +27,10 @@ def task(make_job: Any) -> Task:
     return make_task(job)
 
 
-def past(draw: list[int], outputs: Tensor | None = None) -> Past:
+def past(draw: list[int], outputs: Tensor | None = None, labels: tuple[int, ...] = ()) -> Past:
     marks = torch.tensor(draw)
     counts = torch.bincount(marks)
-    return Past(marks, len(draw) / counts[marks].float(), outputs)
+    return Past(marks, len(draw) / counts[marks].float(), torch.tensor(labels, dtype=torch.int64), outputs)
 
 
 LOGITS = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0], [2.0, 2.0, 2.0], [1.0, 0.0, -1.0]])
@@ -45,7 +45,7 @@ def test_er_is_the_mean_over_old_and_new_alike(task: Task) -> None:
 def test_er_ace_lets_new_examples_compete_among_their_own_classes(task: Task) -> None:
     """Classes a and c are among the new ones: class b has no part in their softmax, and gets no gradient of theirs."""
     logits = LOGITS.clone().requires_grad_()
-    batch = Batch(torch.zeros(4, 1), torch.tensor([0, 2, 1, 2]), past=past([0, 0, 1, 1]))
+    batch = Batch(torch.zeros(4, 1), torch.tensor([0, 2, 1, 2]), past=past([0, 0, 1, 1], labels=(0, 2)))
     objective(task, logits, batch, {}, [(make("er-ace"), {})]).mean().backward()
     new = F.cross_entropy(LOGITS[:2, [0, 2]], torch.tensor([0, 1]))
     old = F.cross_entropy(LOGITS[2:], torch.tensor([1, 2]))
@@ -54,6 +54,10 @@ def test_er_ace_lets_new_examples_compete_among_their_own_classes(task: Task) ->
     assert logits.grad is not None
     assert logits.grad[:2, 1].tolist() == [0.0, 0.0]
     assert (logits.grad[2:, 1] != 0).all()
+    parts = [objective(task, LOGITS[i : i + 1], batch[i : i + 1], {}, [(make("er-ace"), {})]) for i in range(4)]
+    assert torch.cat(parts).mean().item() == pytest.approx(value.item())  # also where the batch is cut into parts
+    plain = Batch(torch.zeros(4, 1), torch.tensor([0, 2, 1, 2]))
+    assert torch.equal(objective(task, LOGITS, plain, {}, [(make("er-ace"), {})]), task.loss(LOGITS, plain))
 
 
 def test_the_dark_losses_by_hand(task: Task) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from shared_models.errors import UnknownNameError
+from shared_models.errors import ConfigError, RunError, UnknownNameError
 from shared_models.job import Job
 from simulations import report, results
 from simulations.compare import compare, load_sites
@@ -45,6 +46,12 @@ def test_methods_keep_equally_much_in_all(job: Job) -> None:
     assert len({run.name for runs in cells for run in runs}) == 18
     with pytest.raises(UnknownNameError, match="unknown method 'err'"):
         plan(job, 2, PAIRS, (0,), ["err"])
+    with pytest.raises(ConfigError, match="have nothing to do offline"):
+        plan(job, 2, [("federated", "offline")], (0,), ["er"])
+    assert len(plan(job, 2, PAIRS[:1], (0,), ["er", "er"])) == 1
+    strong = job.replace(continual={"name": "ewc", "strength": 7.0})
+    (ewc,), (si,) = plan(strong, 2, PAIRS[1:], (0,), ["ewc", "si"])
+    assert (ewc.job.continual.keys["strength"], si.job.continual.keys["strength"]) == (7.0, 0.5)
 
 
 def test_replay_remembers_what_fine_tuning_forgets(job: Job, sites: SitePopulation, tmp_path: Path) -> None:
@@ -129,9 +136,13 @@ def test_a_stopped_comparison_goes_on_and_ends_with_the_same_table(
     for a, b in zip(whole.cells, again.cells, strict=True):
         assert a.model_copy(update={"seconds": []}) == b.model_copy(update={"seconds": []})
     carried.clear()
-    more = compare(short.replace(train={"lr": 0.01}), sites, folder=tmp_path / "two", **asked)  # type: ignore[arg-type]
-    assert len(carried) == 4, "another job finds nothing"
-    assert more.cells[0].all_sites != whole.cells[0].all_sites
+    for other in (short.replace(train={"lr": 0.01}), short.replace(simulation={"test": "shared"})):
+        with pytest.raises(RunError, match="holds a finished run of another job, other data or another split"):
+            compare(other, sites, folder=tmp_path / "two", **asked)  # type: ignore[arg-type]
+    changed = SitePopulation(replace(sites.store, y=sites.store.y.flip(0)), sites.partition)
+    with pytest.raises(RunError, match="holds a finished run"):
+        compare(short, changed, folder=tmp_path / "two", **asked)  # type: ignore[arg-type]
+    assert not carried
     (tmp_path / "two" / "federated-continual-0" / "outcome.json").write_text("{")
     broken = compare(short, sites, folder=tmp_path / "two", **asked)  # type: ignore[arg-type]
     assert "federated-continual-0 holds a run that cannot be read" in str(broken.cells[0].error)
