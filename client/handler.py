@@ -119,7 +119,7 @@ class Handler:
         with keyed_global(key(instruction.job.seed, instruction.kind, site=self.site, **where), bench.device):
             if instruction.kind == "end_task":
                 return self._end_task(instruction, bench, examples, kept)
-            plan = self.protection.book(instruction, self._counts(splits, instruction.job), kept)
+            plan = self.protection.book(instruction, _counts(splits, instruction.job), kept)
             return self._train(instruction, bench, examples, kept, metrics, plan, splits)
 
     def _probe(self, instruction: Instruction) -> Contribution:
@@ -140,7 +140,7 @@ class Handler:
             return self._reply(instruction, code=error.code, document=bench.spec.document)
         if start:
             self.state.keep_start(instruction.run, instruction.job.stage, start)
-        self.protection.require_room(instruction, lambda job: self._counts(self.data(job), job))
+        self.protection.require_room(instruction, lambda job: _counts(self.data(job), job))
         examples = len(self.data(instruction.job).train)
         return self._reply(instruction, document=bench.spec.document, examples=examples)
 
@@ -211,8 +211,8 @@ class Handler:
         piece = bench.pieces[-1]
         if not piece.draws or instruction.job.time == "offline":
             return None
-        asked = instruction
-        source = generator(asked.job.seed, "replay", site=self.site, task=asked.task, round=asked.round)
+        where = {"task": instruction.task, "round": instruction.round}
+        source = generator(instruction.job.seed, "replay", site=self.site, **where)
         return Replay(piece, kept.get(piece.name, {}), bench, source)
 
     def _end_task(
@@ -235,10 +235,6 @@ class Handler:
         among = bench.job.tasks[task] if part == "known" else ()
         return evaluate(bench, examples.of_tasks(bench.job, (task,)), self.site, part, among)
 
-    def _counts(self, splits: Splits, job: Job) -> list[int]:
-        """The site's training examples, task by task."""
-        return [len(splits.train.of_tasks(job, (task,))) for task in range(len(job.tasks))]
-
     def _reply(self, instruction: Instruction, **fields: object) -> Contribution:
         return Contribution(
             instruction.kind,
@@ -248,6 +244,11 @@ class Handler:
             instruction.round,
             **fields,  # type: ignore[arg-type]
         )
+
+
+def _counts(splits: Splits, job: Job) -> list[int]:
+    """A site's training examples, task by task."""
+    return [len(splits.train.of_tasks(job, (task,))) for task in range(len(job.tasks))]
 
 
 def _whole(instruction: Instruction, splits: Splits, own: Examples) -> tuple[Examples, Instruction]:

@@ -17,7 +17,6 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,6 @@ from shared_models.keys import keyed_global
 from shared_models.methods.base import Pieces, objective
 from shared_models.models import models
 from shared_models.tasks.base import Batch, Task
-
-if TYPE_CHECKING:
-    pass
 
 Gradients = dict[str, Tensor]  # name -> (B, *shape)
 TOLERANCE = 1e-3  # relative, of all entries of one example's gradient together

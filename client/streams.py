@@ -13,7 +13,6 @@ job has the same examples, all at once, and test images of a task are changed as
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -23,6 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from client.readers.base import Store
+from client.readers.parts import number_of
 from shared_models.job_parts import StreamPart
 from shared_models.registry import Registry
 
@@ -45,18 +45,12 @@ def streamed(store: Store, part: StreamPart) -> Store:
     if part.kind == "classes":
         return store
     change, usual = changes[part.kind]
-    tasks = torch.tensor([task_of_name(name, part.tasks) for name in store.together])
+    tasks = torch.tensor([number_of(name, "stream") % part.tasks for name in store.together])
     x = store.x.clone()
     for task in range(1, part.tasks):
         rows = tasks == task
         x[rows] = change(store.x[rows], (part.amount or usual) * task / (part.tasks - 1))
     return replace(store, x=x, tasks=tasks)
-
-
-def task_of_name(name: str, tasks: int) -> int:
-    """The task that an example comes with."""
-    digest = hashlib.sha256(b"stream\0" + name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:6], "big") % tasks
 
 
 @stream("rotation", 120.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -80,7 +80,7 @@ def train(
                 outputs = gradients(bench, batch, losses, keep)
             else:
                 private.gradients(batch, lambda batch: gradients(bench, batch, losses))
-            found, before = (read_grad(bench), _copies(bench)) if followers else ({}, {})
+            found, before = (_copies(read_grad(bench)), _copies(bench.trained)) if followers else ({}, {})
             for i in pulls:
                 apply_grad(bench, bench.pieces[i].grad, states[i])
             if part.clip:
@@ -108,12 +108,12 @@ def _said(bench: Workbench, former: nn.Module | None, batch: Batch) -> Tensor | 
 
 
 def read_grad(bench: Workbench) -> dict[str, Tensor]:
-    """Copies of the parameters' gradients; one that got none counts as zero."""
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in bench.trained.items()}
+    """The parameters' gradients as they lie there; one that got none counts as zero."""
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in bench.trained.items()}
 
 
-def _copies(bench: Workbench) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in bench.trained.items()}
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in tensors.items()}
 
 
 def gradients(bench: Workbench, batch: Batch, losses: Pieces, keep: bool = False) -> Tensor | None:
@@ -153,8 +153,7 @@ def _backward(bench: Workbench, part: Batch, losses: Pieces, total: int, keep: b
 @torch.no_grad()
 def apply_grad(bench: Workbench, grad: object, state: Groups) -> None:
     """Replace the parameters' gradients by what a method makes of them; one that got none counts as zero."""
-    given = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in bench.trained.items()}
-    for name, value in grad(given, bench.trained, state).items():  # type: ignore[operator]
+    for name, value in grad(read_grad(bench), bench.trained, state).items():  # type: ignore[operator]
         bench.trained[name].grad = value
 
 

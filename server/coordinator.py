@@ -15,6 +15,7 @@ from torch import Tensor
 from server.checkpoint import read_checkpoint, write_checkpoint
 from server.events import Events
 from server.executor import Executor
+from server.figures import merge_sums, round_to
 from server.outcome import Outcome, Progress, Totals
 from server.privacy import make_privacy
 from shared_models.checks import check_contribution
@@ -27,9 +28,8 @@ from shared_models.normalisation import merge
 from shared_models.schedule import round_budget, task_of
 from shared_models.spec import build_model
 from shared_models.sums import Groups, PairwiseMean
-from shared_models.tasks.base import add_sums, make_task
+from shared_models.tasks.base import make_task
 
-Sums = dict[str, Tensor]
 ATTEMPTS = 3
 ROW = ("examples", "samples", "steps", "norm", "halvings")  # what an event says of each site's part in a round
 PASSING = ("lost", "timeout", "flower-error-5", "flower-error-8")  # of the network or a process, not of the answer
@@ -232,7 +232,7 @@ class Coordinator:
 
     def _measure(self, round: int, replies: Iterable[Contribution]) -> None:
         """Validation of the model that this round started from, over the sites that answered."""
-        sums = _merge(replies, "validation")
+        sums = merge_sums(replies, "validation")
         values = self.task.values(sums) if sums else {}
         self.progress.curve.append({"round": round, **{k: round_to(v) for k, v in values.items()}})
         if values and self.job.federation.select == "best":
@@ -273,8 +273,10 @@ class Coordinator:
         tasks, told = range(len(self.job.tasks)), self.job.stream.kind == "classes" and self.task.chooses
         parts: tuple[Part, ...] = ("test", "known") if told else ("test",)
         replies = self._evaluate(self.state["model"], tuple((p, t) for p in parts for t in tasks), round)
-        found = {p: [self.task.values(_merge(replies, f"{p}/{t}"))[self.task.headline] for t in tasks] for p in parts}
-        return {p: [round_to(v) for v in values] for p, values in found.items()}
+        headline = self.task.headline
+        return {
+            p: [round_to(self.task.values(merge_sums(replies, f"{p}/{t}"))[headline]) for t in tasks] for p in parts
+        }
 
     def _finish(self) -> Outcome:
         rounds, tasks = self.job.federation.rounds, range(len(self.job.tasks))
@@ -293,8 +295,8 @@ class Coordinator:
         outcome = Outcome(
             model=model,
             fingerprint=self.spec.fingerprint,
-            per_site={r.site: self.task.values(_merge([r], "test")) for r in sorted(replies, key=lambda r: r.site)},
-            all_sites=self.task.values(_merge(replies, "test")),
+            per_site={r.site: self.task.values(merge_sums([r], "test")) for r in sorted(replies, key=lambda r: r.site)},
+            all_sites=self.task.values(merge_sums(replies, "test")),
             curve=self.progress.curve,
             matrix=self.progress.matrix,
             known=self.progress.known,
@@ -380,21 +382,6 @@ class Coordinator:
         self.progress = Progress(**{**saved, "best": best, "totals": Totals(**saved["totals"])})
         self.privacy.state = self.progress.privacy or self.privacy.state
         self.events.emit("resumed", round=self.progress.round)
-
-
-def round_to(value: float) -> float:
-    """Seven significant digits: what float32 holds, and readable in a log."""
-    return float(f"{value:.7g}")
-
-
-def _merge(replies: Iterable[Contribution], prefix: str) -> Sums:
-    """Metric sums below `prefix`, added over replies and over what stands between prefix and name."""
-    sums: Sums = {}
-    for reply in sorted(replies, key=lambda r: r.site):  # float sums must not depend on arrival
-        for path, value in reply.metrics.items():
-            if path.startswith(prefix + "/"):
-                add_sums(sums, {path.rpartition("/")[2]: value})
-    return sums
 
 
 def _as(like: Groups, groups: Groups) -> Groups:

@@ -19,7 +19,6 @@ from client.workbench import Benches
 from server.outcome import Totals
 from shared_models.errors import ConfigError, FedzooError, RunError
 from shared_models.job import Job
-from shared_models.methods.base import make_pieces
 from shared_models.spec import build_model
 from shared_models.tasks.base import Target, make_task
 from simulations.measures import measures_of
@@ -163,12 +162,8 @@ def _facts(job: Job, sites: SitePopulation) -> dict[str, Any]:
     """What a comparison says of its job, its data and this machine."""
     task = make_task(job.steps[-1])
     return {
-        "created": datetime.now(UTC).replace(microsecond=0),
-        "version": product_version(),
-        "job": job.model_dump(mode="json"),
-        "job_hash": job.hash,
+        **provenance(job),
         "partition": partition_of(job, sites),
-        "environment": environment(),
         "metric": task.headline,
         "metrics": list(task.metrics),
         "measures": measures_of(task),
@@ -224,6 +219,17 @@ def require_enough(job: Job, sites: SitePopulation) -> None:
         )
 
 
+def provenance(job: Job) -> dict[str, Any]:
+    """When, by what, of which job and where: the part of a result's facts that is the same for every kind."""
+    return {
+        "created": datetime.now(UTC).replace(microsecond=0),
+        "version": product_version(),
+        "job": job.model_dump(mode="json"),
+        "job_hash": job.hash,
+        "environment": environment(),
+    }
+
+
 def product_version() -> str:
     """Of the installed distribution."""
     try:
@@ -256,7 +262,7 @@ def _cell(run: Run, results: Sequence[Result], error: str | None, sites: int) ->
     which: dict[str, Any] = {"place": run.job.place, "time": run.job.time, "method": run.method}
     if error is not None:
         return Cell(**which, error=error)
-    kept = make_pieces(run.job)[-1].settings.model_dump().get("buffer", 0) if run.method else 0
+    kept = run.job.continual.keys.get("buffer", 0) if run.method else 0
     first = results[0]
     totals: Totals = first.totals
     counted = {k: v for k, v in asdict(totals).items() if k not in ("seconds", "rejections")}

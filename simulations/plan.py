@@ -8,7 +8,7 @@ from typing import Any, cast
 from shared_models.errors import ConfigError
 from shared_models.job import Job
 from shared_models.job_parts import PrivacyPart
-from shared_models.methods.base import make_method, make_pieces, overrides
+from shared_models.methods.base import make_method, overrides
 from shared_models.methods.base import methods as known_methods
 from shared_models.registry import nearest
 from simulations.partition import SitePopulation
@@ -87,7 +87,7 @@ def plan(
 
 def with_memory(job: Job, sites: int) -> Job:
     """The same; where one client stands for all sites it keeps as many examples as they do together."""
-    buffer = make_pieces(job)[-1].settings.model_dump().get("buffer")
+    buffer = job.continual.keys.get("buffer")
     if job.place != "centralized" or not buffer:
         return job
     return job.replace(continual={**job.continual.model_dump(), "buffer": buffer * sites})

@@ -24,11 +24,13 @@ Time = Literal["offline", "continual"]
 PerSeed = list[FiniteFloat]
 
 
-class _Frozen(BaseModel):
+class Document(BaseModel):
+    """One table of a result."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Partition(_Frozen):
+class Partition(Document):
     """How the examples lie at the sites; parts: train, validation, test.
 
     Attributes:
@@ -44,7 +46,7 @@ class Partition(_Frozen):
     counted: str = "examples"
 
 
-class Budget(_Frozen):
+class Budget(Document):
     """What one run of a cell consumed, summed over sites; `sequential_steps`: the longest chain of dependent steps."""
 
     rounds: int = 0
@@ -55,7 +57,7 @@ class Budget(_Frozen):
     bytes_down: int = 0
 
 
-class Picture(_Frozen):
+class Picture(Document):
     """Test images of the simulation beside their truth and what a paradigm's model says of them.
 
     Attributes:
@@ -67,7 +69,7 @@ class Picture(_Frozen):
     images: list[str]
 
 
-class Quote(_Frozen):
+class Quote(Document):
     """A test text of the simulation, what should be written for it, and what a paradigm's model writes."""
 
     paradigm: str
@@ -76,7 +78,7 @@ class Quote(_Frozen):
     said: str
 
 
-class Guarantee(_Frozen):
+class Guarantee(Document):
     """What a paradigm's run has spent of differential privacy, with all that gives its epsilon a meaning.
 
     Attributes:
@@ -112,7 +114,7 @@ def paradigm_name(place: str, time: str, method: str = "") -> str:
     return f"{place}, {time}" + (f" ({method})" if time == "continual" and method not in ("", "finetune") else "")
 
 
-class Cell(_Frozen):
+class Cell(Document):
     """One paradigm (place x time, and the continual method) over all seeds.
 
     Attributes:
@@ -159,7 +161,19 @@ class Cell(_Frozen):
         return paradigm_name(self.place, self.time, self.method)
 
 
-class Comparison(_Frozen):
+class Facts(Document):
+    """Where figures come from, and all it takes to make them again."""
+
+    title: str
+    created: datetime
+    version: str
+    command: str
+    job: dict[str, Any]
+    job_hash: str
+    environment: dict[str, str]
+
+
+class Comparison(Facts):
     """Cells that share job, seeds, sites and labels, and all it takes to repeat them.
 
     Attributes:
@@ -168,16 +182,9 @@ class Comparison(_Frozen):
         colours: those of the labels in the pictures, `#rrggbb`; empty for a label that is not coloured.
     """
 
-    title: str
-    created: datetime
-    version: str
-    command: str
-    job: dict[str, Any]
-    job_hash: str
     fingerprint: str
     demo: bool = False
     partition: Partition
-    environment: dict[str, str]
     seeds: list[int] = Field(min_length=1)
     metric: str = "accuracy"
     metrics: list[str] = []
@@ -254,12 +261,20 @@ def save(comparison: Comparison | Mapping[str, Any], path: Path) -> Path:
     Raises:
         RunError: a value is missing or cannot be, or the file cannot be written.
     """
-    checked = parse(comparison)
+    return write(parse(comparison), path, "the comparison")
+
+
+def write(document: Document, path: Path, what: str) -> Path:
+    """Write it as JSON and return the path.
+
+    Raises:
+        RunError: the file cannot be written; `what` says what it is.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(checked.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        path.write_text(document.model_dump_json(indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise RunError(f"the comparison cannot be written to {path}: {error.strerror}") from None
+        raise RunError(f"{what} cannot be written to {path}: {error.strerror}") from None
     return path
 
 

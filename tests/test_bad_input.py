@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import JOB, files, has, process
 from PIL import Image
 
 import client.config
@@ -26,16 +24,6 @@ from server.nodes import Roster
 from shared_models.errors import UnknownNameError
 from shared_models.invite import Invite, decode, encode
 from shared_models.process import free_port
-
-ROOT = Path(fedzoo.__file__).resolve().parent
-JOB = """\
-name = "job"
-model = { name = "logistic" }
-task = { labels = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"] }
-data = { shape = [1, 8, 8] }
-train = { momentum = 0.9 }
-federation = { rounds = 2, min_sites = 3 }
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -100,16 +88,6 @@ def uncalled() -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(BlockingIOError):
             listener.accept()
-
-
-def files(folder: Path) -> dict[str, bytes | None]:
-    """Every path below, with what files hold."""
-    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def has(line: str, *words: str) -> None:
-    """All words stand in the line."""
-    assert [word for word in words if word not in line] == [], line
 
 
 def sets(*settings: str) -> list[str]:
@@ -396,10 +374,3 @@ def test_interrupted(here: Path) -> None:
     assert (running.returncode, out, err) == (130, "", "interrupted\n")
     rounds = [json.loads(line) for line in (here / "out" / "events.jsonl").read_text().splitlines()]
     assert rounds[-1]["event"] == "round"  # what was done is kept, and whole
-
-
-def process(*words: str) -> subprocess.Popen[str]:
-    """The command as a process of its own in this folder."""
-    command = [sys.executable, "-m", "fedzoo", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

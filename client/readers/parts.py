@@ -67,8 +67,13 @@ def _some(examples: Examples, share: float) -> Examples:
 
 def _chance(name: str) -> float:
     """A number in [0, 1) of a name, another one than that which decides its part."""
-    digest = hashlib.sha256(b"train_share\0" + name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
+    return number_of(name, "train_share") / 2**48
+
+
+def number_of(name: str, purpose: str) -> int:
+    """A 48-bit number of a sample's name, another one for each purpose; it depends on nothing else."""
+    digest = hashlib.sha256(f"{purpose}\0{name}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big")
 
 
 def natural(name: str) -> tuple[tuple[int, str], ...]:

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import FiniteFloat
 
-from shared_models.errors import RunError
 from shared_models.job import Job
-from simulations.compare import environment, product_version
+from simulations import results
+from simulations.compare import provenance
+from simulations.results import Document
 
 
-class Document(BaseModel):
-    """One table of a result."""
+class Facts(results.Facts):
+    """Where figures come from; `seconds` are those of the whole attack."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Facts(Document):
-    """Where figures come from.
-
-    Attributes:
-        seconds: of the whole attack.
-    """
-
-    title: str
-    created: datetime
-    version: str
-    command: str
-    job: dict[str, Any]
-    job_hash: str
-    environment: dict[str, str]
     seconds: float
 
 
@@ -147,23 +129,10 @@ class Inversion(Document):
 
 def facts(job: Job, title: str, command: str, started: float) -> Facts:
     """Of an attack that began at `started` of `time.perf_counter`."""
-    return Facts(
-        title=title,
-        created=datetime.now(UTC).replace(microsecond=0),
-        version=product_version(),
-        command=command,
-        job=job.model_dump(mode="json"),
-        job_hash=job.hash,
-        environment=environment(),
-        seconds=round(time.perf_counter() - started, 1),
-    )
+    seconds = round(time.perf_counter() - started, 1)
+    return Facts(title=title, command=command, seconds=seconds, **provenance(job))
 
 
 def save(found: Membership | Inversion, path: Path) -> Path:
     """Write it as JSON and return the path; raises RunError where that cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"the result cannot be written to {path}: {error.strerror}") from None
-    return path
+    return results.write(found, path, "the result")

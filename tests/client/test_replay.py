@@ -16,7 +16,7 @@ from client.state import DiskState, MemoryState
 from client.workbench import Benches, Workbench
 from shared_models.job import Job
 from shared_models.job_parts import DataPart
-from shared_models.messages import Budget, Instruction
+from shared_models.messages import Budget, Contribution, Instruction
 from shared_models.methods.base import make_pieces
 from shared_models.spec import build_model
 from shared_models.tasks.base import Batch, Past
@@ -94,6 +94,36 @@ def test_the_scale_makes_each_draws_own_mean_of_the_mean_over_all() -> None:
     assert part.past is not None
     assert part.past.draw.tolist() == [0, 1]
     assert join(own, []) is own
+
+
+def test_a_step_of_er_by_hand(make_job: MakeJob) -> None:
+    """From zero both classes have probability 1/2: d loss / d logits is p - y = +-1/2 for new and old alike.
+
+    New x = (1, 0), class 0: dW = [[-.5, 0], [.5, 0]]; old x = (0, 1), class 1: dW = [[0, .5], [0, -.5]].
+    Their mean, with the rate .1: W = [[.025, -.025], [-.025, .025]]
+    """
+    job = make_job(
+        model={"name": "logistic"}, task={"labels": ["no", "yes"]},
+        data={"shape": [1, 1, 2], "mean": [0.0], "std": [1.0]}, train={"lr": 0.1, "batch_size": 4},
+        time="continual", stream={"tasks": 2}, continual={"name": "er"},
+    )  # fmt: skip
+    store = Store(
+        torch.tensor([[[[255, 0]]]] * 3, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), "abc", job.data
+    )
+    splits = Splits(*(Examples(store, torch.tensor([i])) for i in range(3)))
+    state = MemoryState()
+    old = {"x": torch.tensor([[[[0, 255]]]], dtype=torch.uint8), "y": torch.tensor([1]), "seen": torch.tensor(1)}
+    model, spec = build_model(job)
+    zero = {n: torch.zeros_like(t) for n, t in model.state_dict().items()}
+    asked = Instruction(
+        "train", "run", "a", job, spec.fingerprint, rounds=2, budget=Budget(steps=1), groups={"model": zero}
+    )
+    before = Contribution("train", "run", "a")
+    state.save(asked, {"er": {MEMORY: old}}, before)
+    reply = Handler("a", lambda job: splits, state, Policy(approve_all=True), Benches(CPU)).handle(asked)
+    torch.testing.assert_close(reply.groups["model"]["head.weight"], torch.tensor([[0.025, -0.025], [-0.025, 0.025]]))
+    assert (reply.examples, reply.samples) == (1, 1)  # what is replayed is not counted as new
+    assert state.load("run")["er"][MEMORY]["y"].tolist() == [1, 0]
 
 
 def ask(job: Job, round: int, site: str = "a", kind: str = "train") -> Instruction:

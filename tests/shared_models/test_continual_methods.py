@@ -36,12 +36,6 @@ def past(draw: list[int], outputs: Tensor | None = None, labels: tuple[int, ...]
 LOGITS = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0], [2.0, 2.0, 2.0], [1.0, 0.0, -1.0]])
 
 
-def test_er_is_the_mean_over_old_and_new_alike(task: Task) -> None:
-    batch = Batch(torch.zeros(4, 1), torch.tensor([0, 1, 2, 0]), past=past([0, 0, 0, 1]))
-    values = objective(task, LOGITS, batch, {}, [(make("er"), {})])
-    assert values.mean().item() == pytest.approx(F.cross_entropy(LOGITS, batch.y).item())
-
-
 def test_er_ace_lets_new_examples_compete_among_their_own_classes(task: Task) -> None:
     """Classes a and c are among the new ones: class b has no part in their softmax, and gets no gradient of theirs."""
     logits = LOGITS.clone().requires_grad_()
