@@ -27,7 +27,7 @@ from server.run_cli import describe, follow, submit_job
 from server.runs import RunFolder
 from shared_models.errors import ConfigError, DeploymentError
 from shared_models.job import Job
-from shared_models.process import Child, free_port
+from shared_models.process import Child, free_ports
 from simulations import report, results
 from simulations.compare import compare, load_sites
 from simulations.partition import SitePopulation
@@ -129,7 +129,8 @@ def _make_folder(folder: Path) -> None:
 
 def _start_server(folder: Path, children: contextlib.ExitStack) -> Path:
     server = folder / "server"
-    init(server, host=None, **{f"{name}_port": free_port() for name in PORTS})
+    ports = zip(PORTS, free_ports(len(PORTS)), strict=True)
+    init(server, host=None, **{f"{name}_port": port for name, port in ports})
     child = Child("server", _command("server", "start", "--dir", str(server)), folder / "server.log")
     children.callback(child.stop)
     _wait(child, lambda: "ready:" in child.tail(), "the server did not start")

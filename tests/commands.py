@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import fedzoo
+from shared_models.process import free_ports
 
 ROOT = Path(fedzoo.__file__).resolve().parent
 JOB = """\
@@ -18,6 +19,14 @@ data = { shape = [1, 8, 8] }
 train = { momentum = 0.9 }
 federation = { rounds = 2, min_sites = 3 }
 """
+
+
+PORTS = ("fleet", "control", "enroll", "member")
+
+
+def port_options() -> list[str]:
+    """Options of `server init` with ports that nothing listens on."""
+    return [w for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True) for w in (f"--{name}-port", str(port))]
 
 
 def files(folder: Path) -> dict[str, bytes | None]:

@@ -17,6 +17,13 @@ from shared_models.job_parts import DataPart
 LABELS = [str(c) for c in range(10)]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side (`-n`), tests with real processes stay together by file: they share a server."""
+    for item in items:
+        if item.get_closest_marker("deploy"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture
 def make_job() -> Callable[..., Job]:
     """A job on 1x8x8 images with ten labels; parts are merged into it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commands import port_options
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,7 +25,7 @@ from server.events import read_events
 from server.run_cli import submit_job
 from server.runs import RunFolder
 from shared_models.job import Job
-from shared_models.process import Child, free_port
+from shared_models.process import Child
 from simulations.compare import load_sites
 from simulations.engines.inprocess import Benches
 from simulations.paradigms import Result, Setting, paradigms
@@ -109,8 +110,7 @@ def running(
 ) -> Iterator[Federation]:
     """A server, and an enrolled node for each site with the site's data in files, which approves the jobs."""
     server = root / "server"
-    ports = [w for n in ("fleet", "control", "enroll", "member") for w in (f"--{n}-port", str(free_port()))]
-    fedzoo("server", "init", "--dir", str(server), *ports)
+    fedzoo("server", "init", "--dir", str(server), *port_options())
     command = [sys.executable, "-m", "fedzoo"]
     found = Federation(root, sites)
     serving = Child("server", [*command, "server", "start", "--dir", str(server)], root / "server.log")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import JOB, files, has, process
+from commands import JOB, PORTS, files, has, process
 from PIL import Image
 
 import client.config
@@ -23,7 +23,7 @@ from server.cli import make_invite
 from server.nodes import Roster
 from shared_models.errors import UnknownNameError
 from shared_models.invite import Invite, decode, encode
-from shared_models.process import free_port
+from shared_models.process import free_port, free_ports
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]):
 @pytest.fixture
 def server(here: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, int]:
     """A server in ./fedzoo-server that does not run; its ports by name."""
-    ports = {name: free_port() for name in ("fleet", "control", "enroll", "member")}
+    ports = dict(zip(PORTS, free_ports(4), strict=True))
     with pytest.raises(SystemExit) as end:
         fedzoo.main(["server", "init", *(w for n, p in ports.items() for w in (f"--{n}-port", str(p)))])
     assert end.value.code == 0

@@ -25,7 +25,7 @@ from flwr.superlink.grid import HttpGrid
 from server.authority import Authority
 from server.flower_control import FlowerControl
 from shared_models.errors import DeploymentError
-from shared_models.process import Child, flower_environment, free_port, program
+from shared_models.process import Child, flower_environment, free_ports, program
 
 
 def _wait_for(condition, seconds: float, what: str) -> float:
@@ -91,9 +91,16 @@ class FlowerServer:
 
     folder: Path
     authority: Authority
-    fleet: int = field(default_factory=free_port)
-    port: int = field(default_factory=free_port)
+    ports: list[int] = field(default_factory=lambda: free_ports(2))
     child: Child | None = None
+
+    @property
+    def fleet(self) -> int:
+        return self.ports[0]
+
+    @property
+    def port(self) -> int:
+        return self.ports[1]
 
     @property
     def control_address(self) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from commands import port_options
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
@@ -63,8 +64,7 @@ def fedzoo(*words: str) -> str:
 
 
 def init(folder: Path, *more: str) -> ServerFolder:
-    ports = [w for name in ("fleet", "control", "enroll", "member") for w in (f"--{name}-port", str(free_port()))]
-    fedzoo("init", "--dir", str(folder), *ports, *more)
+    fedzoo("init", "--dir", str(folder), *port_options(), *more)
     return ServerFolder(folder)
 
 

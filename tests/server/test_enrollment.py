@@ -31,7 +31,7 @@ from shared_models import enrollment_pb2 as pb
 from shared_models import enrollment_pb2_grpc as rpc
 from shared_models.errors import ConfigError, DataError, DeploymentError, EnrollmentError, UnknownNameError
 from shared_models.invite import Invite, decode, encode
-from shared_models.process import free_port
+from shared_models.process import free_ports
 
 
 class Flower:
@@ -56,7 +56,7 @@ class Server:
 
     def __init__(self, folder: Path, hosts: tuple[str, ...] = ("localhost",)) -> None:
         names = ("fleet", "control", "enrollment", "membership")
-        self.config = ServerConfig(hosts=hosts, ports=Ports(**{name: free_port() for name in names}))
+        self.config = ServerConfig(hosts=hosts, ports=Ports(**dict(zip(names, free_ports(4), strict=True))))
         self.authority = Authority.create(folder / "pki", hosts)
         self.roster = Roster(folder / "nodes.db")
         self.flower = Flower()

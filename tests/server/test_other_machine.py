@@ -18,7 +18,7 @@ from server.config import Ports, ServerConfig
 from server.enrollment import start_services
 from server.nodes import Roster
 from shared_models.invite import Invite, encode
-from shared_models.process import free_port
+from shared_models.process import free_ports
 
 pytestmark = pytest.mark.deploy
 PACKAGES = Path(server_package.__file__).parents[1]
@@ -90,7 +90,7 @@ def test_enroll_from_another_machine_as_another_user(namespace: str, home: Path,
     if readable.returncode != 0:
         pytest.skip(f"the installation cannot be read by another user: {readable.stderr.decode()[-200:]}")
 
-    ports = Ports(**{name: free_port() for name in ("fleet", "control", "enrollment", "membership")})
+    ports = Ports(**dict(zip(("fleet", "control", "enrollment", "membership"), free_ports(4), strict=True)))
     config = ServerConfig(hosts=(HERE,), ports=ports)
     authority = Authority.create(tmp_path / "pki", config.hosts)
     roster = Roster(tmp_path / "nodes.db")

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import port_options
 from cryptography import x509
 from typer.testing import CliRunner
 
@@ -22,7 +23,6 @@ from server.process import reconcile
 from server.superlink import SuperLink, is_healthy
 from shared_models.errors import ConfigError, DeploymentError, EnrollmentError, FedzooError
 from shared_models.invite import decode
-from shared_models.process import free_port
 
 
 def fedzoo(*words: str) -> str:
@@ -36,9 +36,9 @@ def fedzoo(*words: str) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> ServerFolder:
     """A server on ports that nothing listens on."""
-    names = ("fleet", "control", "enroll", "member")
-    ports = [word for name in names for word in (f"--{name}-port", str(free_port()))]
-    fedzoo("init", "--dir", str(tmp_path / "server"), "--host", "fed.example.org", "--host", "10.0.0.5", *ports)
+    fedzoo(
+        "init", "--dir", str(tmp_path / "server"), "--host", "fed.example.org", "--host", "10.0.0.5", *port_options()
+    )
     return ServerFolder(tmp_path / "server")
 
 
