@@ -18,9 +18,9 @@ import tempfile
 from pathlib import Path
 
 from simulations import results
-from simulations.report import as_markdown
 from simulations.results import Comparison
 from simulations.statistics import paired
+from simulations.tables import as_markdown
 from simulations.verdicts import verdicts
 
 ROOT = Path(__file__).parent.parent

@@ -144,7 +144,7 @@ def _leave(comparison: Comparison, folder: Path, as_json: bool) -> None:
     """Write comparison and report, show the table."""
     from rich.console import Console
 
-    from simulations import report, results
+    from simulations import report, results, tables
     from simulations.verdicts import verdicts
 
     results.save(comparison, folder / "comparison.json")
@@ -153,9 +153,9 @@ def _leave(comparison: Comparison, folder: Path, as_json: bool) -> None:
         typer.echo(comparison.model_dump_json())
         return
     console = Console()
-    for table in report.tables(comparison, console.width):
+    for table in tables.for_terminal(comparison, console.width):
         console.print(table)
-    for line in (*report.guarantees(comparison), *verdicts(comparison)):
+    for line in (*tables.guarantees(comparison), *verdicts(comparison)):
         console.print(line)
     typer.echo(f"report {page}")
 

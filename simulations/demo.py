@@ -28,7 +28,7 @@ from server.runs import RunFolder
 from shared_models.errors import ConfigError, DeploymentError
 from shared_models.job import Job
 from shared_models.process import Child, free_ports
-from simulations import report, results
+from simulations import report, results, tables
 from simulations.compare import compare, load_sites
 from simulations.partition import SitePopulation
 from simulations.plan import OFFLINE, count_rounds, plan
@@ -85,7 +85,7 @@ def run(folder: Path) -> None:
         )
     results.save(comparison, folder / "comparison.json")
     page = report.write(comparison, folder / "report.html")
-    for table in report.tables(comparison, console.width):
+    for table in tables.for_terminal(comparison, console.width):
         console.print(table)
     for line in verdicts(comparison):
         console.print(f"- {line}")

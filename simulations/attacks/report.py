@@ -20,7 +20,7 @@ from simulations.attacks.drawing import Mark, Trace, auc_chart, roc_chart, swatc
 from simulations.attacks.levels import PLAIN
 from simulations.attacks.results import Facts, Guessed, Inversion, Inverted, Membership
 from simulations.measures import measures_of, words
-from simulations.report import NOTHING, SIMULATED, spread
+from simulations.tables import NOTHING, SIMULATED, spread
 
 STYLES = 6  # colours and strokes of levels
 

@@ -18,9 +18,10 @@ from shared_models.tasks.classification import Classification
 from simulations import charts, results
 from simulations.compare import compare, load_sites, run_one
 from simulations.measures import PERCENT, Measure, measures_of
-from simulations.report import as_markdown, headers, metric_table, row, spread, write
+from simulations.report import write
 from simulations.results import parse
 from simulations.statistics import backward_transfer, final_average, forgetting
+from simulations.tables import as_markdown, headers, metric_table, row, spread
 from simulations.verdicts import verdicts
 
 Maker = Callable[..., Job]

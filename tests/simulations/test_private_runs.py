@@ -17,8 +17,9 @@ from shared_models.privacy import epsilon
 from simulations.compare import compare, load_sites, run_one
 from simulations.plan import variant
 from simulations.privacy_cost import cost
-from simulations.report import as_markdown, guarantees, headers, write
+from simulations.report import write
 from simulations.results import Comparison, load, save
+from simulations.tables import as_markdown, guarantees, headers
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "digits-private.toml"
 SHORT = ("model.name=mlp", "federation.rounds=3", "train.epochs=1")

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from shared_models.errors import RunError
 from simulations import charts
-from simulations.report import as_markdown, headers, metric_table, row, stream_table, tables, write
+from simulations.report import write
 from simulations.results import parse
+from simulations.tables import as_markdown, for_terminal, headers, metric_table, row, stream_table
 
 SITES = ["North General", "Riverside Clinic", "St. Anne's"]
 LABELS = [str(digit) for digit in range(10)]
@@ -222,7 +223,7 @@ def test_many_sites_and_classes_are_cut_and_counted(tmp_path):
 def test_the_three_tables_hold_the_same_figures(tmp_path):
     c = parse(example())
     console = Console(width=240, record=True, file=(tmp_path / "out").open("w"))
-    for shown in tables(c):
+    for shown in for_terminal(c):
         console.print(shown)
     terminal, markdown = console.export_text(), as_markdown(c)
     page = " ".join(read(write(c, tmp_path / "r.html"))[1].text)
@@ -277,7 +278,7 @@ def test_markup_in_an_error_is_shown_as_it_is(tmp_path):
     c = example()
     c["cells"][-1]["error"] = "a|b\n[red]c[/red]"
     console = Console(width=240, record=True, file=(tmp_path / "out").open("w"))
-    for shown in tables(c):
+    for shown in for_terminal(c):
         console.print(shown)
     assert "[red]c[/red]" in console.export_text()
     assert "failed: a\\|b [red]c[/red] |" in as_markdown(c)
