@@ -146,7 +146,9 @@ def lines(
     return svg(key, title, f"{y_label} over {x_label}. {ends}.", height, out)
 
 
-def bars(key: str, title: str, rows: Sequence[Bar], axis: Axis = PERCENT) -> Markup:
+def bars(
+    key: str, title: str, rows: Sequence[Bar], axis: Axis = PERCENT, whiskers: str = "standard deviation over seeds"
+) -> Markup:
     """Horizontal bars from 0 with sd whiskers and the figure beside each.
 
     Args:
@@ -154,6 +156,7 @@ def bars(key: str, title: str, rows: Sequence[Bar], axis: Axis = PERCENT) -> Mar
         title: what is drawn, for a screen reader too.
         rows: from top to bottom; values in the axis' unit.
         axis: from end to end.
+        whiskers: what they are.
     """
     left = min(200, max(144, *(_width(bar.label) + 6 for bar in rows)))
     right, step = axis.room + 12, 25
@@ -190,7 +193,7 @@ def bars(key: str, title: str, rows: Sequence[Bar], axis: Axis = PERCENT) -> Mar
         out.append(Markup('<text class="value" x="{}" y="{}">{}</text>').format(WIDTH - right + 12, y + 13, bar.text))
     said = "; ".join(f"{bar.label}: {bar.text}" for bar in rows)
     unit = "Percent, mean" if axis.unit == "%" else f"In {axis.unit}, mean" if axis.unit else "Mean"
-    return svg(key, title, f"{unit} and standard deviation over seeds. {said}.", height, out)
+    return svg(key, title, f"{unit} and {whiskers}. {said}.", height, out)
 
 
 def stacks(key: str, title: str, rows: Sequence[Stack], segments: Sequence[str], colours: Sequence[str]) -> Markup:

@@ -21,6 +21,7 @@ from shared_models.errors import ConfigError, FedzooError, RunError
 from shared_models.job import Job
 from shared_models.spec import build_model
 from shared_models.tasks.base import Target, make_task
+from simulations.leaving import left_sites
 from simulations.measures import measures_of
 from simulations.paradigms import Result, Setting
 from simulations.paradigms import paradigms as places
@@ -283,6 +284,7 @@ def _cell(run: Run, results: Sequence[Result], error: str | None, sites: int) ->
         seconds=[r.totals.seconds for r in results],
         rejections=sum(r.totals.rejections for r in results),
         privacy=Guarantee.of(first.privacy) if first.privacy else None,
+        left=left_sites(run.job, totals.bytes_up),
     )
 
 

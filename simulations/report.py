@@ -14,10 +14,24 @@ from typing import Any
 from markupsafe import Markup
 
 from simulations import charts, pages
+from simulations.joining import Gain, Joining, joinings
 from simulations.measures import PERCENT, words
 from simulations.results import Cell, Comparison, parse
 from simulations.statistics import backward_transfer, final_average, forgetting, summarize
-from simulations.tables import SITE_LIMIT, Given, forward, guarantees, headers, metric_table, private, row, spread
+from simulations.tables import (
+    SITE_LIMIT,
+    Given,
+    between,
+    forward,
+    gain_table,
+    guarantees,
+    headers,
+    metric_table,
+    private,
+    row,
+    site_table,
+    spread,
+)
 from simulations.verdicts import verdicts
 
 CLASS_LIMIT = 40
@@ -56,6 +70,9 @@ def _view(c: Comparison) -> dict[str, Any]:
         "curves": _curves(c, done),
         "uncurved": not any(_points(cell, c.metric, 1) for cell in done),
         "sites": [(site, _tests(c, site), _site(c, i, site, axis)) for i, site in enumerate(c.sites[:SITE_LIMIT])],
+        "weakest": site_table(c),
+        "gains": _gains(c),
+        "gain_table": gain_table(c),
         "sites_left_out": max(0, len(c.sites) - SITE_LIMIT),
         "matrices": _matrices(c, done),
         "partition": _partition(c),
@@ -110,6 +127,28 @@ def _site(c: Comparison, index: int, site: str, axis: charts.Axis) -> Markup:
     """One site's own test, by paradigm; the diamond is the same model on all sites' tests."""
     rows = [_bar(c, cell, cell.per_site.get(site, []), cell.per_site_all.get(site, [])) for cell in c.cells]
     return charts.bars(f"site{index}", f"{c.metric} on the own test of {site}, by paradigm", rows, axis)
+
+
+def _gains(c: Comparison) -> list[tuple[str, Markup]]:
+    """What joining brings each site: a drawing for each time and continual method, all on one axis."""
+    found, m = joinings(c), c.headline
+    shown = [(j, [_gain(c, j, gain) for gain in j.gains[:SITE_LIMIT]]) for j in found]
+    ends = [bar.value + side * (bar.sd or 0) for _, bars in shown for bar in bars for side in (-1, 1) if bar.value]
+    marks = [bar.mark for _, bars in shown for bar in bars if bar.mark is not None]
+    unit = "points" if m.percent else m.unit
+    axis = charts.axis([*ends, *marks], unit, [bar.text for _, bars in shown for bar in bars])
+    interval = "95 % interval over seeds"
+    return [
+        (j.name, charts.bars(f"gain{i}", f"gain of joining on each site's own test, {j.name}", bars, axis, interval))
+        for i, (j, bars) in enumerate(shown)
+    ]
+
+
+def _gain(c: Comparison, j: Joining, gain: Gain) -> charts.Bar:
+    m, own = c.headline, gain.own
+    half = None if own.high is None else m.factor * (own.high - own.mean)
+    text = between(own.mean, None, None, measure=m)
+    return charts.Bar(gain.site, _style(c, j.joined), m.factor * own.mean, half, text, m.factor * gain.everywhere.mean)
 
 
 def _tests(c: Comparison, site: str) -> int | None:

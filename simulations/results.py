@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from shared_models.errors import RunError
 from shared_models.job import Job
+from simulations.leaving import left_sites
 from simulations.measures import PERCENT, Measure, measures_of
 
 Place = Literal["centralized", "isolated", "federated"]
@@ -134,6 +135,7 @@ class Cell(Document):
         seconds: wall-clock time, one a seed.
         rejections: contributions refused, summed over seeds.
         privacy: of each single run; None without privacy.
+        left: what others got to hold of the sites' examples, or made of them, in words.
     """
 
     place: Place
@@ -154,6 +156,7 @@ class Cell(Document):
     seconds: list[float] = []
     rejections: int = 0
     privacy: Guarantee | None = None
+    left: str = ""
 
     @property
     def name(self) -> str:
@@ -342,6 +345,7 @@ def _of_result(result: Mapping[str, Any], job: Job, folder: Path) -> Comparison:
         seconds=[totals["seconds"]],
         rejections=totals["rejections"],
         privacy=Guarantee.of(result["privacy"]) if result.get("privacy") else None,
+        left=left_sites(job, totals["bytes_up"]),
     )
     return Comparison(
         title=f"{folder.name}: a federation of {len(per_site)} sites",

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from simulations.joining import Claim, Joining, joinings
 from simulations.measures import Measure
 from simulations.results import Cell, Comparison, Place, Time, parse
 from simulations.statistics import Matrix, forgetting, paired, summarize
 
+CLAIMS: tuple[Claim, ...] = ("gains", "loses", "open")
+NAMED = 6  # sites that a sentence names
 PLACES: tuple[Place, ...] = ("centralized", "isolated", "federated")
 
 
@@ -46,11 +49,29 @@ def _places(c: Comparison, time: Time) -> list[str]:
     said, prefix = [], f"{time.capitalize()}: "
     if federated and isolated:
         said += [prefix + _against(c, federated, isolated, own) for own in (False, True)]
+        said += [prefix + _joined(c, j) for j in joinings(c) if j.joined is federated and len(c.seeds) > 1]
     if federated and centralized:
         said.append(prefix + _against(c, federated, centralized))
     if centralized and isolated and not federated:
         said.append(prefix + _against(c, centralized, isolated))
     return said
+
+
+def _joined(c: Comparison, j: Joining) -> str:
+    """One sentence on which sites gain by joining, as their own tests show; of many sites it says how many."""
+    gains, loses, unsettled = (j.sites(claim) for claim in CLAIMS)
+
+    def named(sites: Sequence[str]) -> str:
+        return f" ({', '.join(sites)})" if 0 < len(sites) <= NAMED else ""
+
+    low, high = j.spread or (0.0, 0.0)
+    m, what = c.headline, c.headline.step(c.metric)
+    return (
+        f"by joining, on their own tests, {len(gains)} of {len(j.gains)} sites gain{named(gains)}, {len(loses)} "
+        f"{'loses' if len(loses) == 1 else 'lose'}{named(loses)}, and for {len(unsettled)} nothing can be "
+        f"claimed{named(unsettled)} (95 % intervals, {len(c.seeds)} seeds). Mean gain {m.figure(j.mean)} {what}, "
+        f"{m.figure(low)} to {m.figure(high)} with other sites and seeds drawn (95 % bootstrap)."
+    )
 
 
 def _by_method(c: Comparison) -> list[str]:

@@ -225,8 +225,11 @@ def test_all_bars_of_a_page_share_one_axis(tmp_path: Path) -> None:
     c = comparison(cell("federated", [1.0, 1.2]), cell("isolated", [38.0, 40.0]))
     page = write(c, tmp_path / "r.html").read_text(encoding="utf-8")
     drawings = re.findall(r'<svg class="chart".*?</svg>', page)
-    assert len(drawings) == 4  # two of all sites, two sites
-    assert {tuple(re.findall(r'class="tick mid"[^>]*>([^<]+)<', d)) for d in drawings} == {("0", "20", "40", "60")}
+    *bars, gain = drawings
+    assert len(bars) == 4  # two of all sites, two sites
+    assert {tuple(re.findall(r'class="tick mid"[^>]*>([^<]+)<', d)) for d in bars} == {("0", "20", "40", "60")}
+    assert "gain of joining" in gain
+    assert re.findall(r'class="value"[^>]*>([^<]+)<', gain) == ["+37.90", "+37.90"]  # fewer bits are better
 
 
 def test_bars_end_where_their_values_are_also_below_zero() -> None:

@@ -141,14 +141,14 @@ def test_drawings_and_tables_are_accessible(written):
     ids = [value for name, value in parsed.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     drawings = [attrs for tag, attrs in parsed.tags if tag == "svg" and "chart" in attrs["class"]]
-    assert len(drawings) == 2 + 2 + len(SITES)  # overview, curves, sites
+    assert len(drawings) == 2 + 2 + len(SITES) + 2  # overview, curves, sites, gains offline and continual
     for attrs in drawings:
         assert attrs["role"] == "img"
         assert set(attrs["aria-labelledby"].split()) <= set(ids)
     assert page.count("<desc") == len(drawings)
     assert all("scope" in attrs for tag, attrs in parsed.tags if tag == "th")
     scrolls = [attrs for _, attrs in parsed.tags if attrs.get("class") == "scroll"]
-    assert len(scrolls) == 4  # summary, two matrices, partition
+    assert len(scrolls) == 6  # summary, worst sites, gains, two matrices, partition
     assert all(attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in scrolls)
 
 
@@ -220,7 +220,7 @@ def test_many_sites_and_classes_are_cut_and_counted(tmp_path):
     assert len(page.encode()) < 300_000
 
 
-def test_the_three_tables_hold_the_same_figures(tmp_path):
+def test_terminal_markdown_and_page_hold_the_same_figures(tmp_path):
     c = parse(example())
     console = Console(width=240, record=True, file=(tmp_path / "out").open("w"))
     for shown in for_terminal(c):
@@ -231,7 +231,10 @@ def test_the_three_tables_hold_the_same_figures(tmp_path):
         assert value in terminal
         assert value in markdown
         assert value in page
-    summary, streams = markdown.split("\n\n")
+    summary, weakest, gains, streams = markdown.split("\n\n")
+    for table in (weakest, gains):
+        for value in [v for line in table.splitlines()[2:] for v in line.strip("| ").split(" | ")]:
+            assert value in page
     assert streams.startswith("| after the last task, accuracy % | task 1 |")
     lines = summary.splitlines()
     assert len(lines) == 2 + len(c.cells)
