@@ -209,7 +209,7 @@ class Handler:
     def _replay(self, instruction: Instruction, bench: Workbench, kept: dict[str, Groups]) -> Replay | None:
         """What the continual method keeps of examples, where it keeps any."""
         piece = bench.pieces[-1]
-        if not piece.draws or instruction.job.time == "offline":
+        if not piece.draws or len(instruction.job.tasks) == 1:
             return None
         where = {"task": instruction.task, "round": instruction.round}
         source = generator(instruction.job.seed, "replay", site=self.site, **where)
@@ -233,7 +233,7 @@ class Handler:
         """Metric sums on one part of one task's examples; `known` is the test part, with the task's classes known."""
         examples = splits.validation if part == "validation" else splits.test
         among = bench.job.tasks[task] if part == "known" else ()
-        return evaluate(bench, examples.of_tasks(bench.job, (task,)), self.site, part, among)
+        return evaluate(bench, examples.of_tasks(bench.job, (task,), bench.task.always), self.site, part, among)
 
     def _reply(self, instruction: Instruction, **fields: object) -> Contribution:
         return Contribution(

@@ -49,12 +49,25 @@ def _chooses(job: Job) -> bool:
     return tasks[job.task.name].chooses
 
 
-def _remembers(job: Job) -> bool:
-    """Whether the continual method keeps examples, or what a model said of them."""
+def _repeats(job: Job) -> bool:
+    """Whether the continual method looks at choices among labels: what a model says now, or said before."""
     from shared_models.methods.base import make_pieces, overrides
 
     piece = make_pieces(job)[-1]
-    return bool(piece.draws) or overrides(piece, "former") or overrides(piece, "see")
+    return piece.keeps_outputs or overrides(piece, "former") or overrides(piece, "see")
+
+
+def _replays(job: Job) -> bool:
+    """Whether the continual method keeps examples."""
+    from shared_models.methods.base import make_pieces
+
+    return bool(make_pieces(job)[-1].draws)
+
+
+def _unit(job: Job) -> str:
+    from shared_models.tasks.base import tasks
+
+    return tasks[job.task.name].unit
 
 
 def _closed_form(job: Job) -> bool:
@@ -75,9 +88,14 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_not_federated, "'{job.method.name}' is a continual method: it goes into [continual], not [method]"),
     (_not_continual, "'{job.continual.name}' is a federated method: it goes into [method], not [continual]"),
     (
-        lambda job: job.time == "continual" and job.stream.kind == "classes" and _target(job) != "class",
+        lambda job: job.cuts_labels and _target(job) not in ("class", "none"),
         "a stream of classes cuts the labels into tasks, and an example of the task '{job.task.name}' has no single "
         "label; stream.kind = 'blur' or 'drift', or time = 'offline', can train it",
+    ),
+    (
+        lambda job: job.cuts_labels and _target(job) == "none" and not job.task.labels,
+        "a stream of classes cuts the labels into tasks, and the task '{job.task.name}' has none; list them in "
+        "task.labels, which tells its examples apart and nothing more, or change stream.kind",
     ),
     (
         lambda job: job.stream.kind != "classes" and len(job.data.shape) != 3,
@@ -89,9 +107,14 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "stream.kind = 'rotation' turns images without their {target}; 'blur' and 'drift' leave everything in place",
     ),
     (
-        lambda job: _remembers(job) and not _chooses(job),
-        "continual method '{job.continual.name}' replays or repeats choices among labels, and the task "
-        "'{job.task.name}' makes none; 'finetune', 'joint', 'ewc' and 'si' can train it",
+        lambda job: _repeats(job) and not _chooses(job),
+        "continual method '{job.continual.name}' repeats choices among labels, and the task '{job.task.name}' makes "
+        "none; 'finetune', 'joint', 'ewc', 'si' and 'er' can train it",
+    ),
+    (
+        lambda job: _replays(job) and (_unit(job) != "sample" or _target(job) not in ("class", "none")),
+        "continual method '{job.continual.name}' puts kept examples into a batch, and those of the task "
+        "'{job.task.name}' cannot be kept one by one; 'finetune', 'joint', 'ewc' and 'si' can train it",
     ),
     (
         lambda job: job.stream.kind == "drift" and (job.stream.amount or 0) > 1,
@@ -100,10 +123,6 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (
         lambda job: job.stream.kind == "blur" and 2 * (job.stream.amount or 0) >= min(job.data.shape[-2:]) - 1,
         "stream.amount = {job.stream.amount} blurs over more pixels than data.shape = {job.data.shape} has",
-    ),
-    (
-        lambda job: bool(job.stages) and job.time == "continual",
-        "[[stages]] are trainings one after another, and so are the tasks of a stream; use one of the two",
     ),
     (
         lambda job: job.simulation.partition in BY_CLASS and _target(job) != "class",
@@ -157,9 +176,7 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "train.momentum belongs to sgd; adamw has its own moments",
     ),
     (
-        lambda job: (
-            job.time == "continual" and job.stream.kind == "classes" and job.stream.tasks > len(job.task.labels)
-        ),
+        lambda job: job.cuts_labels and job.stream.tasks > len(job.task.labels),
         "stream.tasks = {job.stream.tasks} is more than the {labels} labels: every task needs at least one",
     ),
     (
@@ -168,7 +185,7 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "every task needs at least one round",
     ),
     (
-        lambda job: job.federation.select == "best" and job.time == "continual",
+        lambda job: job.federation.select == "best" and len(job.tasks) > 1,
         "federation.select = 'best' looks back over tasks, which a stream forbids",
     ),
     (
@@ -195,7 +212,7 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "has more than 4096 of them; 'fedavg' trains the model 'pca' without",
     ),
     (
-        lambda job: _closed_form(job) and job.time == "continual",
+        lambda job: _closed_form(job) and len(job.tasks) > 1,
         "method '{job.method.name}' solves for the data at hand and makes no training step that a continual method "
         "could change: after each task it would know that task alone",
     ),

@@ -39,7 +39,7 @@ from shared_models.job_parts import (
 from shared_models.simulation_part import SimulationPart
 from shared_models.validation import validate
 
-STAGED = ("model", "task", "data", "method", "share", "lora", "train", "augment", "federation")
+STAGED = ("model", "task", "data", "method", "share", "lora", "train", "augment", "federation", "stream")
 
 
 class Stage(BaseModel):
@@ -47,7 +47,8 @@ class Stage(BaseModel):
 
     Beside its name a stage has tables of the job (`[stages.task]`, ...) that say what is different in it. Entries of
     the model whose names and shapes are those of the stage before are carried over; the head is not, where the task
-    is another.
+    is another. In a continual job each stage is a stream of its own, or, with `[stages.stream] tasks = 1`, sees all
+    examples at once.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -206,6 +207,11 @@ class Job(Part):
             return (classes,) * count
         edges = [round(t * len(classes) / count) for t in range(count + 1)]
         return tuple(classes[a:b] for a, b in pairwise(edges))
+
+    @property
+    def cuts_labels(self) -> bool:
+        """Whether its tasks are sets of classes."""
+        return self.stream.kind == "classes" and len(self.tasks) > 1
 
     def to_toml(self) -> str:
         """The resolved job as a TOML file that loads to the same job."""

@@ -12,6 +12,7 @@ import typer
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.toml", help="A job file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. federation.rounds=5.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results.", show_default="runs/<job>-<time>")]
 SkipBad = Annotated[int, typer.Option("--skip-bad", min=0, help="Pass over up to N unusable files, and list them.")]
 
 

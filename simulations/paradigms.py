@@ -99,11 +99,12 @@ class Setting:
 
     def require_measurable(self) -> None:
         """Raise a ConfigError where no site has test examples of some task of the stream."""
-        if self.job.time == "offline":
-            return
-        for task, classes in enumerate(self.job.tasks):
-            if not any(len(self.sites.splits(name).test.of_tasks(self.job, (task,))) for name in self.sites.names):
-                labels = ", ".join(self.job.task.labels[c] for c in classes)
+        for step in self.job.steps:
+            sites = self.sites.at(step.stage)
+            for task, classes in enumerate(step.tasks if len(step.tasks) > 1 else ()):
+                if any(len(sites.splits(name).test.of_tasks(step, (task,))) for name in sites.names):
+                    continue
+                labels = ", ".join(step.task.labels[c] for c in classes)
                 raise ConfigError(
                     f"no site has a test example of task {task} ({labels}), so nothing could be said about it",
                     hint="Lower stream.tasks, or give those labels examples",

@@ -66,7 +66,7 @@ def _view(c: Comparison) -> dict[str, Any]:
         "pictures": c.pictures,
         "quotes": c.quotes,
         "legend": [(cell.name, charts.swatch(_style(c, cell))) for cell in done],
-        "overview": _overview(c, axis),
+        "overview": overview(c),
         "curves": _curves(c, done),
         "uncurved": not any(_points(cell, c.metric, 1) for cell in done),
         "sites": [(site, _tests(c, site), _site(c, i, site, axis)) for i, site in enumerate(c.sites[:SITE_LIMIT])],
@@ -96,13 +96,17 @@ def _differences(c: Comparison) -> str:
     return f"{unit}{lower}."
 
 
-def _overview(c: Comparison, axis: charts.Axis) -> list[tuple[str, Markup]]:
-    """Two drawings: every paradigm on all sites' tests, and on the sites' own tests."""
+def overview(c: Comparison, prefix: str = "") -> list[tuple[str, Markup]]:
+    """Two drawings: every paradigm on all sites' tests, and on the sites' own tests; `prefix` is that of their ids."""
+    axis = _axis(c, [cell for cell in c.cells if cell.error is None])
     shown = (
         ("all", "all sites' tests", [_bar(c, cell, cell.all_sites) for cell in c.cells]),
         ("own", "each site's own test, mean of the sites", [_bar(c, cell, cell.own_site) for cell in c.cells]),
     )
-    return [(title, charts.bars(key, f"{c.metric} on {title}, by paradigm", rows, axis)) for key, title, rows in shown]
+    return [
+        (title, charts.bars(prefix + key, f"{c.metric} on {title}, by paradigm", rows, axis))
+        for key, title, rows in shown
+    ]
 
 
 def _axis(c: Comparison, done: Sequence[Cell]) -> charts.Axis:

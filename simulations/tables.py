@@ -55,7 +55,7 @@ def for_terminal(comparison: Given, width: int = 120) -> list[Table]:
     return found
 
 
-def as_markdown(comparison: Given) -> str:
+def asmarkdown(comparison: Given) -> str:
     """The same tables for a README, with a line end after the last row of each.
 
     Raises:
@@ -64,13 +64,14 @@ def as_markdown(comparison: Given) -> str:
     c = parse(comparison)
     summary = (headers(c), [row(cell, c.headline, private(c)) for cell in c.cells])
     return "\n".join(
-        _markdown(head, rows)
+        markdown(head, rows)
         for head, rows in (summary, metric_table(c), site_table(c), gain_table(c), stream_table(c))
         if rows
     )
 
 
-def _markdown(head: list[str], body: list[list[str]]) -> str:
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table in Markdown, with a line end after its last row."""
     rows = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "".join("| " + " | ".join(" ".join(v.replace("|", "\\|").split()) for v in r) + " |\n" for r in rows)
 

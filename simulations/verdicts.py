@@ -82,14 +82,14 @@ def _by_method(c: Comparison) -> list[str]:
         others = [m for m in c.methods if m != "finetune"]
         if plain:
             pairs = [(m, cell, plain) for m in others if (cell := c.cell(place, "continual", m))]
-            said += _together(c, f"{place.capitalize()}, continual, against fine-tuning", pairs)
+            said += together(c, f"{place.capitalize()}, continual, against fine-tuning", pairs)
     for place in ("isolated", "centralized"):
         found = [(m, c.cell("federated", "continual", m), c.cell(place, "continual", m)) for m in c.methods]
-        said += _together(c, f"Continual, federated against {place}", [(m, a, b) for m, a, b in found if a and b])
+        said += together(c, f"Continual, federated against {place}", [(m, a, b) for m, a, b in found if a and b])
     return said
 
 
-def _together(c: Comparison, what: str, pairs: Sequence[tuple[str, Cell, Cell]]) -> list[str]:
+def together(c: Comparison, what: str, pairs: Sequence[tuple[str, Cell, Cell]]) -> list[str]:
     """One sentence on the paired differences of several methods, those that can be claimed first; none for no pair."""
     if not pairs:
         return []

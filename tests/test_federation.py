@@ -32,10 +32,11 @@ SCAFFOLD = make_job(name="scaffold", method={"name": "scaffold"})
 KILLED = make_job(name="killed", method={"name": "scaffold"}, federation={"rounds": 6})
 FAILING = make_job(name="failing", task={"labels": [str(c) for c in range(9)]}, federation={"wait": 4})
 STAGED = make_job(
-    name="staged", model={"name": "cnn"}, federation={"rounds": 2},
+    name="staged", model={"name": "cnn"}, federation={"rounds": 2}, time="continual", stream={"tasks": 2},
+    continual={"name": "er", "buffer": 20},
     stages=[
-        {"name": "pretext", "task": {"name": "rotation"}},
-        {"name": "probe", "share": {"base": ["!@head"]}, "train": {"lr": 0.2}},
+        {"name": "pretext", "task": {"name": "rotation", "labels": [str(c) for c in range(10)]}},
+        {"name": "probe", "share": {"base": ["!@head"]}, "train": {"lr": 0.2}, "stream": {"tasks": 1}},
     ],
 )  # fmt: skip
 NOISY = make_job(name="noisy", privacy={"mode": "sample", "noise": 2.0, "delta": 1e-3}, federation={"rounds": 8})
@@ -71,11 +72,11 @@ def test_real_nodes_give_the_bits_of_the_simulator(federation: Federation, job: 
 
 
 def test_real_nodes_carry_out_stages(federation: Federation) -> None:
-    """A pretext task on images without labels, then a probe, whose frozen part reaches the nodes as it was left."""
+    """A pretext task on a stream, with replay, then a probe, whose frozen part reaches the nodes as it was left."""
     run = federation.submit(STAGED)
     events = federation.finish(run)
     assert run.status().state == "done", run.status()
-    assert [e["round"] for e in events if e["event"] == "round"] == [0, 1, 0, 1]
+    assert [(e["round"], e["task"]) for e in events if e["event"] == "round"] == [(0, 0), (1, 1), (0, 0), (1, 0)]
     expected = federation.simulated(STAGED)
     assert {"head.weight", "conv1.weight"} <= expected.keys()
     assert same_bits(run, expected)

@@ -87,7 +87,7 @@ def test_the_wheel_holds_the_product_and_no_tests(tmp_path: Path) -> None:
 def test_examples_load() -> None:
     from shared_models.job import Job
 
-    jobs = sorted((ROOT / "examples").glob("*.toml"))
+    jobs = sorted((ROOT / "examples").rglob("*.toml"))
     assert len(jobs) >= 3
     for path in jobs:
         Job.load(path)

@@ -58,7 +58,8 @@ class Wanted:
         aliases = {**task.settings.aliases, **(local or {})}
         proposals = job.data.proposals if models[job.model.name].proposals else 0
         fields = {"proposals": proposals, "stream": job.stream, **own}
-        return Wanted(job.data, job.task.labels, task.target, aliases, **fields)
+        target = "class" if task.target == "none" and job.cuts_labels else task.target  # to tell the tasks apart
+        return Wanted(job.data, job.task.labels, target, aliases, **fields)
 
     def shared(self, site: str, column: str, word: str) -> str:
         """The word that all sites share for a site's own word in a column of a table."""
@@ -238,13 +239,16 @@ class Examples:
         """Their targets."""
         return self.store.y[self.rows]
 
-    def of_tasks(self, job: Job, tasks: Sequence[int]) -> Examples:
-        """The examples that come with these tasks of the job's stream; all where there is none."""
-        if job.time == "offline":
+    def of_tasks(self, job: Job, tasks: Sequence[int], always: Sequence[int] = ()) -> Examples:
+        """The examples that come with these tasks of the job's stream; all where there is none.
+
+        Of a stream of classes also those of the classes that are there `always`.
+        """
+        if len(job.tasks) == 1:
             return self
         if self.store.tasks is not None:
             return Examples(self.store, self.rows[torch.isin(self.store.tasks[self.rows], torch.tensor(tasks))])
-        classes = [c for task in tasks for c in job.tasks[task]]
+        classes = [*always, *(c for task in tasks for c in job.tasks[task])]
         return Examples(self.store, self.rows[torch.isin(self.y, torch.tensor(classes))])
 
     def batch(

@@ -28,6 +28,7 @@ from shared_models.job_parts import DataPart
 from shared_models.registry import Registry, nearest
 
 Target = Literal["class", "mask", "box", "boxes", "tokens", "none"]
+Supervision = Literal["supervised", "self-supervised", "unsupervised"]
 IGNORED = 255  # the value of a mask's pixels that count nowhere
 
 
@@ -136,6 +137,8 @@ class Task(ABC):
     Attributes:
         Settings: the pydantic model of its keys in `[task]`.
         target: what a reader must give for every example.
+        supervision: what is learned from: labels that were given (`supervised`), answers made from the examples
+            themselves (`self-supervised`), or none (`unsupervised`).
         unit: `sample`: `loss` returns one value per sample and samples do not mix; `batch`: it returns
             one value for the whole batch, which methods that need per-sample values refuse.
         metrics: names of the metrics that `values` has for every job, the default headline first.
@@ -147,6 +150,7 @@ class Task(ABC):
 
     Settings: ClassVar[type[TaskSettings]] = TaskSettings
     target: ClassVar[Target] = "class"
+    supervision: ClassVar[Supervision] = "supervised"
     unit: ClassVar[Literal["sample", "group", "batch"]] = "sample"
     metrics: ClassVar[tuple[str, ...]]
     measures: ClassVar[Mapping[str, Measure]] = {}
@@ -171,6 +175,11 @@ class Task(ABC):
     @abstractmethod
     def outputs(self) -> int:
         """What the model is built for: classes, or numbers per example."""
+
+    @property
+    def always(self) -> tuple[int, ...]:
+        """Classes whose examples each task of a stream of classes is measured with, beside its own."""
+        return ()
 
     def shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
         """What the model is built for, where it sees something else than the whole sample (`DataPart.sample`)."""

@@ -29,6 +29,7 @@ class Clustering(Task):
     """Targets are class indices, (B,) int64; outputs are squared distances to the centroids, (B, K)."""
 
     Settings = ClusteringSettings
+    supervision = "unsupervised"
     metrics = ("nmi", "ari", "inertia")
     measures = {"inertia": Measure(unit="", factor=1.0, digits=2, larger=False)}
 

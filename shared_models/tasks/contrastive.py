@@ -51,6 +51,7 @@ class Contrastive(Task):
 
     Settings = ContrastiveSettings
     target: ClassVar[Target] = "tokens"
+    supervision = "self-supervised"
     unit = "batch"
     metrics = (
         "recall_at_10_mean",

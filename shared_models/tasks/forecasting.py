@@ -44,6 +44,7 @@ class Forecasting(Task):
 
     Settings = ForecastingSettings
     target = "none"
+    supervision = "self-supervised"
     metrics = ("skill", "mse", "mae")
     measures = {"mse": ERROR, "mae": ERROR}
 

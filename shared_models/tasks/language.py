@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared_models.errors import ConfigError
-from shared_models.tasks.base import Batch, Measure, Target, Task, TaskSettings
+from shared_models.tasks.base import Batch, Measure, Supervision, Target, Task, TaskSettings
 from shared_models.tokens import PAD, Tokenizer, draw_ids, make_tokenizer
 
 PERPLEXITY = Measure(unit="", factor=1.0, digits=2, larger=False)
@@ -47,6 +47,7 @@ class TextTask(Task):
 
     Settings: ClassVar[type[TaskSettings]] = TextSettings
     target: ClassVar[Target] = "none"
+    supervision: ClassVar[Supervision] = "self-supervised"
     each = True
 
     @property

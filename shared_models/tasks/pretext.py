@@ -20,6 +20,7 @@ class Pretext(Task):
 
     Settings: ClassVar[type[TaskSettings]] = PretextSettings
     target = "none"
+    supervision = "self-supervised"
 
     def draw(self, shape: tuple[int, ...], count: int, source: torch.Generator) -> Batch:
         """Normal noise."""

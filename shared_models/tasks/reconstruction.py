@@ -34,6 +34,7 @@ class Reconstruction(Task):
 
     Settings: ClassVar[type[TaskSettings]] = ReconstructionSettings
     target: ClassVar[Target] = "none"
+    supervision = "unsupervised"
     metrics: ClassVar[tuple[str, ...]] = ("mse", "r2")
     measures: ClassVar[Mapping[str, Measure]] = {"mse": Measure(unit="", factor=1.0, digits=4, larger=False)}
 
@@ -129,6 +130,12 @@ class Anomaly(Reconstruction):
     metrics = ("auroc",)
     measures: ClassVar[Mapping[str, Measure]] = {}
     bins: ClassVar[int] = 2048  # of each score histogram: 1.6 % of the loss wide
+
+    @property
+    def always(self) -> tuple[int, ...]:
+        """The anomalies: from them the normal examples of every task are to be told."""
+        indices: tuple[int, ...] = self.settings.indices
+        return indices
 
     def counted(self, batch: Batch) -> Tensor:
         """The normal examples, (B,) bool."""

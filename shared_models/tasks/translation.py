@@ -48,6 +48,7 @@ class Translation(Language):
     Settings = TranslationSettings
     each = False
     target: ClassVar[Target] = "tokens"
+    supervision = "supervised"
     metrics = ("perplexity", "accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL")
 
     def forward(self, model: Any, batch: Batch) -> Written:

@@ -51,11 +51,11 @@ class ZeroShot(Task):
     """Targets are class indices (B,); the model is an `ImageText`, e.g. the one of a contrastive stage before.
 
     An image's logits are its scaled cosines with the descriptions; they can be trained like any others. Loss and
-    chooses = True
     metrics are those of classification.
     """
 
     Settings = ZeroShotSettings
+    chooses = True
     metrics = Classification.metrics
 
     def __init__(self, settings: ZeroShotSettings, data: DataPart | None = None) -> None:

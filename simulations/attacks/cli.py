@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simulations.cli import Out, run_folder, say
-from simulations.options import JobFile, Json, Set, SkipBad, typed
+from simulations.options import JobFile, Json, Out, Set, SkipBad, typed
+from simulations.output import run_folder, say
 
 if TYPE_CHECKING:
     from shared_models.job import Job

@@ -185,7 +185,11 @@ def test_the_written_job_keeps_its_stages(tmp_path: Path) -> None:
         ([{"name": "a", "share": {"personal": ["@head"]}}], {}, "stage 'a' has personal entries"),
         ([{"name": "a"}], {"data": {"shape": [1, 8, 8], "normalise_by": "sites"}}, "measures mean and deviation anew"),
         ([{"name": "a", "lora": {"rank": 2}}, {"name": "b"}], {}, "'b' has not the adapters of stage 'a'"),
-        ([PROBE], {"time": "continual", "stream": {"tasks": 2}}, "use one of the two"),
+        (
+            [{"name": "a", "task": {"name": "rotation"}}],
+            {"model": {"name": "cnn"}, "time": "continual", "stream": {"tasks": 2}},
+            "stage 'a': .*'rotation' has none; list them in task.labels",
+        ),
     ],
 )
 def test_stages_that_cannot_be(stages: list[dict[str, Any]], parts: dict[str, Any], message: str) -> None:

@@ -196,11 +196,6 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {"model": {"name": "gpt"}, "data": {"shape": [8], "tokenizer": "bytes"}},
     ),
     (
-        "[[stages]] are trainings one after another, and so are the tasks of a stream",
-        {"time": "continual", "stream": {"tasks": 2}, "stages": [{"name": "one"}]},
-        {"stages": [{"name": "one"}]},
-    ),
-    (
         "train.optimizer = 'adamw' rescales them",
         {**SCAFFOLD, "train": {"optimizer": "adamw"}},
         {"train": {"optimizer": "adamw"}},
@@ -251,6 +246,11 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {"time": "continual", "stream": {"tasks": 2, "kind": "blur"}, **SEGMENTATION},
     ),
     (
+        "a stream of classes cuts the labels into tasks, and the task 'rotation' has none; list them in task.labels",
+        {"time": "continual", "stream": {"tasks": 2}, **ROTATION, "task": {"name": "rotation", "labels": []}},
+        {"time": "continual", "stream": {"tasks": 2}, **ROTATION},
+    ),
+    (
         "stream.kind = 'drift' changes images, and [data] describes features of shape (2,)",
         {"stream": {"kind": "drift"}, **FEATURES},
         {"stream": {"kind": "classes"}, **FEATURES},
@@ -261,9 +261,14 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {"stream": {"kind": "drift"}, **SEGMENTATION},
     ),
     (
-        "continual method 'rehearsal' replays or repeats choices among labels, and the task 'segmentation' makes none",
+        "continual method 'rehearsal' puts kept examples into a batch, and those of the task 'segmentation' cannot be",
         {"continual": {"name": "rehearsal"}, **SEGMENTATION},
         {"continual": {"name": "ewc"}, **SEGMENTATION},
+    ),
+    (
+        "continual method 'der' repeats choices among labels, and the task 'rotation' makes none",
+        {"continual": {"name": "der"}, **ROTATION},
+        {"continual": {"name": "rehearsal"}, **ROTATION},
     ),
     (
         "stream.amount = 1.5 is a share of the contrast, and 1 is all of it",

@@ -1,0 +1,97 @@
+"""What the simulator's commands say and leave behind: the folder of a run, its files, the tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from shared_models.job import Job
+    from simulations.results import Comparison
+
+
+def leave(comparison: Comparison, folder: Path, as_json: bool) -> None:
+    """Write comparison and report, show the table."""
+    from rich.console import Console
+
+    from simulations import report, results, tables
+    from simulations.verdicts import verdicts
+
+    results.save(comparison, folder / "comparison.json")
+    page = report.write(comparison, folder / "report.html")
+    if as_json:
+        typer.echo(comparison.model_dump_json())
+        return
+    console = Console()
+    for table in tables.for_terminal(comparison, console.width):
+        console.print(table)
+    for line in (*tables.guarantees(comparison), *verdicts(comparison)):
+        console.print(line)
+    typer.echo(f"report {page}")
+
+
+def say(job: Job, skipped: Sequence[str]) -> None:
+    """What was passed over in the data, and what was loaded of pretrained weights."""
+    from shared_models.spec import build_model
+
+    for line in skipped:
+        typer.echo(f"passed over: {line}", err=True)
+    if match := build_model(job)[1].match:
+        typer.echo(str(match), err=True)
+
+
+def run_folder(out: Path | None, name: str, job: str = "") -> Path:
+    """The folder of a run, empty; or that of a comparison, which may hold the runs of a stopped one of the same job."""
+    from shared_models.errors import ConfigError
+    from shared_models.files import write_whole
+
+    path = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    begun = path / "job.sha256"
+    hint = "Name another one with --out"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        empty = not any(path.iterdir())
+        known = begun.read_text(encoding="utf-8").strip() if job and begun.exists() else ""
+        if job and empty:
+            write_whole(begun, job + "\n")
+    except OSError as error:
+        raise ConfigError(f"the folder {path} cannot be made: {error.strerror}", hint=hint) from None
+    if known and known != job:
+        raise ConfigError(f"the folder {path} holds a comparison of another job or other settings", hint=hint)
+    if not empty and not known:
+        raise ConfigError(f"the folder {path} is not empty", hint=hint)
+    return path
+
+
+def leave_cube(found: Mapping[str, tuple[Job, Comparison]], folder: Path, as_json: bool) -> None:
+    """The same for several jobs: each in its sub-folder, and what they say together."""
+    from rich.console import Console
+
+    from simulations import cube, report, results
+
+    one = next(comparison for _, comparison in found.values())
+    made = cube.Cube(
+        title=f"{len(found)} jobs compared: {', '.join(found)}",
+        created=one.created,
+        version=one.version,
+        command=one.command,
+        entries=[cube.Entry.of(job, comparison) for job, comparison in found.values()],
+    )
+    for name, (_, comparison) in found.items():
+        results.save(comparison, folder / name / "comparison.json")
+        report.write(comparison, folder / name / "report.html")
+    cube.save(made, folder / "cube.json")
+    page = cube.write(made, folder / "report.html")
+    if as_json:
+        typer.echo(made.model_dump_json())
+        return
+    console = Console()
+    for table in cube.for_terminal(made, console.width):
+        console.print(table)
+    for line in cube.says(made):
+        console.print(line)
+    typer.echo(f"report {page}")
