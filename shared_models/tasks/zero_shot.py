@@ -51,12 +51,12 @@ class ZeroShot(Task):
     """Targets are class indices (B,); the model is an `ImageText`, e.g. the one of a contrastive stage before.
 
     An image's logits are its scaled cosines with the descriptions; they can be trained like any others. Loss and
-    chooses = True
     metrics are those of classification.
     """
 
     Settings = ZeroShotSettings
     metrics = Classification.metrics
+    chooses = True
 
     def __init__(self, settings: ZeroShotSettings, data: DataPart | None = None) -> None:
         super().__init__(settings, data)

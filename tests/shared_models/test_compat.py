@@ -371,6 +371,11 @@ def test_a_model_that_cannot_serve_the_task_is_refused(make_job: MakeJob, monkey
         make_job(model={"name": "mlp"})
 
 
+def test_what_replays_choices_goes_with_every_task_that_makes_them(make_job: MakeJob) -> None:
+    for parts in ({}, ZERO_SHOT):
+        assert make_job(**parts, continual={"name": "er"}).continual.name == "er"
+
+
 def test_no_rule_is_without_a_case(make_job: MakeJob) -> None:
     """The cases above and the model's break each rule of the table alone, so a new rule needs a new case."""
     covered = set()
