@@ -306,6 +306,8 @@ class Coordinator:
         )
         if self.folder:
             write_whole(self.folder / "model.safetensors", save({n: t.contiguous() for n, t in model.items()}))
+            if self.means:
+                write_whole(self.folder / "means.safetensors", save(dict(self.means)))
         tests = {"test": outcome.all_sites, "per_site": outcome.per_site}
         spent = {"privacy": outcome.privacy} if outcome.privacy else {}
         self.events.emit("end", headline=self._shown(), **tests, totals=asdict(outcome.totals), **spent)

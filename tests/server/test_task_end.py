@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from client.readers.base import Splits
 from client.state import DiskState, MemoryState, State
@@ -150,6 +151,7 @@ def test_means_survive_a_stop_after_the_last_task(job: Job, sites: dict[str, Spl
     found, _, _ = run(job, engine, folder=tmp_path)
     assert {i.kind for i in engine.asked} == {"evaluate"}
     assert found.all_sites == expected.all_sites
+    assert torch.equal(load_file(tmp_path / "means.safetensors")["mean"], engine.asked[0].groups[MEANS]["mean"])
 
 
 def test_sums_that_cannot_be_are_left_out(job: Job, sites: dict[str, Splits]) -> None:
