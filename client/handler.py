@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
+from client.exemplars import choose
+from client.exemplars import sums as exemplar_sums
 from client.policy import Policy
 from client.private import Plan
 from client.protection import Protection, with_share
@@ -22,6 +25,7 @@ from shared_models.job import Job
 from shared_models.keys import generator, key, keyed_global
 from shared_models.messages import Budget, Contribution, Instruction, Part, refusal
 from shared_models.methods.base import Progress, overrides
+from shared_models.nearest_mean import MEANS, no_sums
 from shared_models.normalisation import FEWEST, channel_sums
 from shared_models.spec import require_same
 from shared_models.sums import Groups
@@ -105,15 +109,17 @@ class Handler:
         splits = _normalised(splits, instruction)
         kept = {owner: _on(bench.device, groups) for owner, groups in self.state.load(instruction.run).items()}
         bench.load(dict(instruction.groups["model"]), kept.get("personal", {}))
+        means = _on(bench.device, instruction.groups).get(MEANS, {}).get("mean")
         metrics = {
             f"{part}/{task}/{name}": value
             for part, task in instruction.evaluate
-            for name, value in self._measure(bench, splits, part, task).items()
+            for name, value in self._measure(bench, splits, part, task, means).items()
         }
         if instruction.kind == "evaluate":
             return self._reply(instruction, metrics=metrics)
         examples = splits.train.of_tasks(instruction.job, (instruction.task,))
-        if not len(examples):
+        ends = instruction.kind == "end_task" and MEMORY in kept.get(bench.pieces[-1].name, {})
+        if not len(examples) and not (ends and bench.pieces[-1].herds):
             return self._reply(instruction, code="no-data", metrics=metrics)
         where = {"task": instruction.task, "round": instruction.round}
         with keyed_global(key(instruction.job.seed, instruction.kind, site=self.site, **where), bench.device):
@@ -172,7 +178,8 @@ class Handler:
             up = method.answer(bench.model, bench.task, in_order(examples, bench), down)
             progress = Progress(steps=1, samples=len(examples), lr_sum=0.0)
         else:
-            states = [piece.begin_round(down, kept.get(piece.name, {})) for piece in bench.pieces]
+            told = _stream(instruction, bench.device)
+            states = [piece.begin_round(down, {**kept.get(piece.name, {}), **told}) for piece in bench.pieces]
             private = plan if instruction.job.privacy.mode == "sample" else None
             replay = self._replay(instruction, bench, kept)
             if bench.pieces[-1].whole:
@@ -219,21 +226,34 @@ class Handler:
         self, instruction: Instruction, bench: Workbench, examples: Examples, kept: dict[str, Groups]
     ) -> Contribution:
         after = dict(kept)
+        up: Groups = {}
         bench.model.eval()
         for piece in bench.pieces:
             batches = in_order(examples, bench)
             before = kept.get(piece.name, {})
             memory = {MEMORY: before[MEMORY]} if MEMORY in before else {}
+            if piece.herds:
+                memory = {MEMORY: choose(bench, examples, before.get(MEMORY, {}), piece.settings.buffer)}
+                up = exemplar_sums(bench, examples.store, memory[MEMORY])
             after[piece.name] = {**memory, **piece.end_task(bench.model, bench.task, batches, before)}
-        reply = self._reply(instruction, examples=len(examples))
+        reply = self._reply(instruction, examples=len(examples), groups=up)
+        if self.check:
+            check_contribution(reply, instruction, no_sums(bench.head) if up else {}, math.inf)
         self.state.save(instruction, after, reply)
         return reply
 
-    def _measure(self, bench: Workbench, splits: Splits, part: Part, task: int) -> dict[str, torch.Tensor]:
-        """Metric sums on one part of one task's examples; `known` is the test part, with the task's classes known."""
+    def _measure(
+        self, bench: Workbench, splits: Splits, part: Part, task: int, means: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Metric sums on one part of one task's examples; `known` is the test part, with the task's classes known.
+
+        Class means measure the test: on validation every round's model answers by its outputs.
+        """
         examples = splits.validation if part == "validation" else splits.test
         among = bench.job.tasks[task] if part == "known" else ()
-        return evaluate(bench, examples.of_tasks(bench.job, (task,), bench.task.always), self.site, part, among)
+        means = None if part == "validation" else means
+        chosen = examples.of_tasks(bench.job, (task,), bench.task.always)
+        return evaluate(bench, chosen, self.site, part, among, means)
 
     def _reply(self, instruction: Instruction, **fields: object) -> Contribution:
         return Contribution(
@@ -249,6 +269,20 @@ class Handler:
 def _counts(splits: Splits, job: Job) -> list[int]:
     """A site's training examples, task by task."""
     return [len(splits.train.of_tasks(job, (task,))) for task in range(len(job.tasks))]
+
+
+def _stream(instruction: Instruction, device: torch.device) -> Groups:
+    """Which classes earlier tasks bring and which this one, (C,) bool each; nothing offline."""
+    job = instruction.job
+    if len(job.tasks) == 1:
+        return {}
+    parts = {"before": job.tasks[: instruction.task], "now": job.tasks[instruction.task : instruction.task + 1]}
+    labels = torch.arange(len(job.task.labels))
+    told = {
+        name: torch.isin(labels, torch.tensor([c for task in tasks for c in task], dtype=torch.int64))
+        for name, tasks in parts.items()
+    }
+    return {"stream": {name: mask.to(device) for name, mask in told.items()}}
 
 
 def _whole(instruction: Instruction, splits: Splits, own: Examples) -> tuple[Examples, Instruction]:

@@ -3,7 +3,7 @@
 Reservoir sampling (Vitter 1985, algorithm R): of all examples seen so far each is kept with the same probability, M of
 them. An example is kept as it was read, before augmentation and normalisation, so that it is changed anew whenever it
 comes back; with it goes, where a method wants that, what the model said when it was kept. An example that is trained on
-several times is seen several times.
+several times is seen several times. A method that herds has what is kept chosen elsewhere, at the end of a task.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class Replay:
 
     def add(self, data: Examples, indices: Tensor, outputs: Tensor | None) -> None:
         """See these examples of the site; `outputs` are what the model said of them."""
+        if self.piece.herds:
+            return
         rows, slots = data.rows[indices], self._slots(len(indices))
         fresh = {"x": data.store.x[rows], "y": data.store.y[rows]}
         if outputs is not None:
@@ -94,24 +96,26 @@ class Replay:
         return torch.where(numbers < self.size, numbers, drawn).tolist()
 
 
-def join(own: Batch, drawn: Sequence[Batch], said: Tensor | None = None) -> Batch:
+def join(own: Batch, drawn: Sequence[Batch], said: Sequence[Tensor | None] = ()) -> Batch:
     """One batch of a step's own examples and what was drawn, with the marks by which a method tells them apart.
 
     Args:
         own: the step's own examples.
         drawn: batches from the memory.
-        said: (B, C), what an earlier model says of the own ones.
+        said: (B, C), what an earlier model says of the own ones and of each draw; what was kept beside a draw yields.
     """
-    if not drawn and said is None:
-        return own
     parts = [own, *drawn]
+    said = said or [None] * len(parts)
+    if not drawn and said[0] is None:
+        return own
     total, device = sum(len(part) for part in parts), own.x.device
     marks, scales, outputs = [], [], []
     width = next((p.past.outputs.shape[1:] for p in drawn if p.past and p.past.outputs is not None), None)
-    for part in parts:
+    for part, known in zip(parts, said, strict=True):
         marks.append(torch.zeros(len(part), dtype=torch.int64, device=device) if part.past is None else part.past.draw)
         scales.append(torch.full((len(part),), total / len(part), device=device))
-        known = said if part is own else part.past.outputs if part.past else None
+        if known is None and part.past:
+            known = part.past.outputs
         if known is None and width is not None:
             known = torch.zeros((len(part), *width), device=device)
         if known is not None:

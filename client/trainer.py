@@ -18,6 +18,7 @@ from shared_models.job_parts import TrainPart
 from shared_models.keys import generator, key, keyed_global
 from shared_models.messages import Budget, Instruction, Part
 from shared_models.methods.base import NEVER, Pieces, Progress, objective, overrides
+from shared_models.nearest_mean import nearness
 from shared_models.tasks.base import Batch, add_sums
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def train(
                 gradients(bench, old[0], [])
                 states[-1] = {**states[-1], "reference": read_grad(bench)}
                 old = []
-            batch = join(batch, old, _said(bench, former, batch))
+            batch = join(batch, old, [_said(bench, former, part) for part in (batch, *old)])
             if private is None:
                 outputs = gradients(bench, batch, losses, keep)
             else:
@@ -208,11 +209,17 @@ def learning_rate(part: TrainPart, position: float) -> float:
 
 @torch.inference_mode()
 def evaluate(
-    bench: Workbench, data: Examples, site: str = "", part: Part = "test", among: Sequence[int] = ()
+    bench: Workbench,
+    data: Examples,
+    site: str = "",
+    part: Part = "test",
+    among: Sequence[int] = (),
+    means: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Metric sums of the loaded model on these examples; empty for none.
 
-    With `among` the model has to choose among these classes alone, as if it were told the task (task-incremental).
+    With `among` the model has to choose among these classes alone, as if it were told the task (task-incremental). With
+    `means` (C, D) the nearest of them to an example's features stands in for the model's own outputs.
 
     What a task draws while it measures depends on the job's seed and the site alone: every model is measured alike.
     """
@@ -221,15 +228,20 @@ def evaluate(
     draws = bench.task.draws
     with keyed_global(key(bench.job.seed, "evaluate", site=site), bench.device) if draws else nullcontext():
         for batch in in_order(data, bench):
-            add_sums(sums, _measure(bench, batch, part, among))
+            add_sums(sums, _measure(bench, batch, part, among, means))
     return sums
 
 
-def _measure(bench: Workbench, batch: Batch, part: Part, among: Sequence[int] = ()) -> dict[str, Tensor]:
+def _measure(
+    bench: Workbench, batch: Batch, part: Part, among: Sequence[int] = (), means: Tensor | None = None
+) -> dict[str, Tensor]:
     """Metric sums of one batch, in halves where memory runs out."""
     try:
-        with bench.autocast():
-            outputs = bench.task.examine(bench.model, batch, "validation" if part == "validation" else "test")
+        if means is None:
+            with bench.autocast():
+                outputs = bench.task.examine(bench.model, batch, "validation" if part == "validation" else "test")
+        else:
+            outputs = nearness(bench.features(batch), means)
         if among:
             others = torch.ones(outputs.shape[1], dtype=torch.bool, device=outputs.device)
             others[list(among)] = False
@@ -240,8 +252,8 @@ def _measure(bench: Workbench, batch: Batch, part: Part, among: Sequence[int] = 
             raise
     bench.free()
     middle = len(batch) // 2
-    sums = _measure(bench, batch[:middle], part, among)
-    add_sums(sums, _measure(bench, batch[middle:], part, among))
+    sums = _measure(bench, batch[:middle], part, among, means)
+    add_sums(sums, _measure(bench, batch[middle:], part, among, means))
     return sums
 
 

@@ -6,8 +6,10 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from client.augment import Augment
@@ -15,9 +17,11 @@ from shared_models.errors import ConfigError, FingerprintError
 from shared_models.job import Job
 from shared_models.job_parts import TrainPart
 from shared_models.methods.base import make_pieces
+from shared_models.models import models
+from shared_models.nearest_mean import find_head, inputs_of
 from shared_models.spec import build_model, frozen_modules
 from shared_models.sums import Groups
-from shared_models.tasks.base import make_task
+from shared_models.tasks.base import Batch, make_task
 
 
 class Workbench:
@@ -74,6 +78,17 @@ class Workbench:
             self._former = copy.deepcopy(self.model).eval().requires_grad_(False)
         self._former.load_state_dict(dict(entries))
         return self._former
+
+    @cached_property
+    def head(self) -> nn.Linear:
+        """The layer whose input are an example's features; raises ConfigError where the model has none."""
+        return find_head(self.model, models[self.job.model.name].heads)
+
+    def features(self, batch: Batch) -> Tensor:
+        """(B, D) float32, of length 1: what the head is given for each example."""
+        with inputs_of(self.head) as seen, self.autocast():
+            self.task.forward(self.model, batch)
+        return F.normalize(seen[0].float(), dim=1)
 
     def free(self) -> None:
         """Give back the GPU memory that torch keeps for itself."""

@@ -18,21 +18,22 @@ from server.executor import Executor
 from server.figures import merge_sums, round_to
 from server.outcome import Outcome, Progress, Totals
 from server.privacy import make_privacy
+from server.task_end import ATTEMPTS, PASSING, class_means, end_task
 from shared_models.checks import check_contribution
 from shared_models.errors import Rejected, RunError
 from shared_models.files import write_whole
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction, Part, payload_bytes
 from shared_models.methods.base import make_method, make_pieces, overrides
+from shared_models.models import models
+from shared_models.nearest_mean import MEANS, find_head, no_sums
 from shared_models.normalisation import merge
 from shared_models.schedule import round_budget, task_of
 from shared_models.spec import build_model
 from shared_models.sums import Groups, PairwiseMean
 from shared_models.tasks.base import make_task
 
-ATTEMPTS = 3
 ROW = ("examples", "samples", "steps", "norm", "halvings")  # what an event says of each site's part in a round
-PASSING = ("lost", "timeout", "flower-error-5", "flower-error-8")  # of the network or a process, not of the answer
 
 
 class Coordinator:
@@ -77,6 +78,9 @@ class Coordinator:
         self.state: Groups = self.method.init(template, self.spec.trained)
         self.statistics: Mapping[str, Tensor] = {}
         self.best_model: Mapping[str, Tensor] = {}
+        herds = len(job.tasks) > 1 and make_pieces(job)[-1].herds
+        self.sums: Groups = no_sums(find_head(model, models[job.model.name].heads)) if herds else {}
+        self.means: Mapping[str, Tensor] = {}
         self.progress = Progress()
 
     def run(self) -> Outcome:
@@ -254,14 +258,9 @@ class Coordinator:
     def _end_task(self, task: int, round: int) -> None:
         if any(overrides(piece, "end_task") for piece in make_pieces(self.job)):
             base = self._instruction("end_task", task=task, round=round, groups=self.method.down(self.state))
-            part = self.job.federation
-            asked = list(self.executor.population(part.min_sites, part.wait))
-            for _ in range(ATTEMPTS):
-                replies = list(self.executor.run(replace(base, site=site) for site in asked))
-                asked = [r.site for r in replies if not self._accept(r, base) and r.code in PASSING]
-                if not asked:
-                    break
-                self.executor.population(part.min_sites, part.wait)  # until they are back
+            given = end_task(self.executor, base, lambda reply: self._accept(reply, base, self.sums))
+            self.progress.totals.bytes_up += sum(payload_bytes(groups) for groups in given.values())
+            self.means = class_means(given) if self.sums else {}
         row = self._row(round)
         self.progress.matrix.append(row["test"])
         if "known" in row:
@@ -307,6 +306,8 @@ class Coordinator:
         )
         if self.folder:
             write_whole(self.folder / "model.safetensors", save({n: t.contiguous() for n, t in model.items()}))
+            if self.means:
+                write_whole(self.folder / "means.safetensors", save(dict(self.means)))
         tests = {"test": outcome.all_sites, "per_site": outcome.per_site}
         spent = {"privacy": outcome.privacy} if outcome.privacy else {}
         self.events.emit("end", headline=self._shown(), **tests, totals=asdict(outcome.totals), **spent)
@@ -315,16 +316,17 @@ class Coordinator:
     def _evaluate(
         self, model: Mapping[str, Tensor], parts: tuple[tuple[Part, int], ...], round: int
     ) -> list[Contribution]:
-        base = self._instruction("evaluate", round=round, evaluate=parts, groups={"model": model})
+        groups = {"model": model, **({MEANS: self.means} if self.means else {})}
+        base = self._instruction("evaluate", round=round, evaluate=parts, groups=groups)
         asked = (replace(base, site=site) for site in self._evaluators())
         replies = [reply for reply in self.executor.run(asked) if self._accept(reply, base)]
         if not replies:
             raise RunError("no site could evaluate the model", hint="The events of the run name the codes")
         return replies
 
-    def _accept(self, reply: Contribution, base: Instruction) -> bool:
+    def _accept(self, reply: Contribution, base: Instruction, expected: Groups | None = None) -> bool:
         try:
-            check_contribution(reply, replace(base, site=reply.site), {}, float("inf"))
+            check_contribution(reply, replace(base, site=reply.site), expected or {}, float("inf"))
         except Rejected as error:
             if error.code != "no-data":
                 self.progress.totals.rejections += 1
@@ -352,7 +354,7 @@ class Coordinator:
     def _checkpoint(self) -> None:
         if self.folder:
             self.progress.privacy = self.privacy.state
-            extra = {"best": self.best_model, "statistics": self.statistics}
+            extra = {"best": self.best_model, "statistics": self.statistics, MEANS: self.means}
             groups = {**self.state, **{name: tensors for name, tensors in extra.items() if tensors}}
             facts = {
                 "job": self.job.hash,
@@ -375,7 +377,7 @@ class Coordinator:
                 hint="Start a new run",
             )
         self.best_model = groups.pop("best", {})
-        self.statistics = groups.pop("statistics", {})
+        self.statistics, self.means = groups.pop("statistics", {}), groups.pop(MEANS, {})
         self.state = groups
         saved = facts["progress"]
         best = tuple(saved["best"]) if saved["best"] else None

@@ -11,7 +11,11 @@ from torch import Tensor
 
 @dataclass
 class Totals:
-    """What a run cost. Bytes: tensors of the training rounds; sequential steps add each round's slowest site."""
+    """What a run cost.
+
+    Bytes: tensors of the training rounds, and what sites give when a task ends. Sequential steps add each round's
+    slowest site.
+    """
 
     rounds: int = 0
     samples: int = 0

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from shared_models.errors import Rejected
 from shared_models.messages import OK, Contribution, Instruction
+from shared_models.methods.base import make_pieces
+from shared_models.nearest_mean import SUMS
 from shared_models.normalisation import no_sums
 from shared_models.sums import Groups
 from shared_models.tasks.base import make_task
@@ -26,7 +28,8 @@ def check_contribution(
     Args:
         contribution: the answer.
         instruction: what was asked; its `model` group is the point the update starts from.
-        expected: tensors of the groups, names, shapes and dtypes a training answer must have.
+        expected: tensors of the groups, names, shapes and dtypes an answer must have; one to the end of a task has none
+            where nothing is expected.
         max_norm: largest norm of the update.
 
     Raises:
@@ -48,7 +51,7 @@ def check_contribution(
         raise Rejected(f"the site answered '{contribution.code}'", code=contribution.code)
     if instruction.kind == "statistics":
         expected, max_norm = {"statistics": no_sums(instruction.job.data.channels)}, math.inf
-    elif instruction.kind != "train":
+    elif instruction.kind != "train" and not (instruction.kind == "end_task" and expected):
         return 0.0
     if not contribution.examples <= MAX_COUNT:
         raise Rejected(f"{contribution.examples} examples are beyond any site", code="no-examples")
@@ -57,7 +60,7 @@ def check_contribution(
         raise Rejected(
             f"steps with the noise multiplier {contribution.noise:g}, the job says {part.noise:g}", code="privacy"
         )
-    if contribution.examples <= 0:
+    if contribution.examples <= 0 and instruction.kind != "end_task":
         raise Rejected("an update from zero examples", code="no-examples")
     _same_names(set(contribution.groups), set(expected), "group")
     for group, tensors in expected.items():
@@ -78,6 +81,10 @@ def check_contribution(
         count, squares = (contribution.groups["statistics"][name] for name in ("count", "squares"))
         if not bool(((count >= 0) & (count <= MAX_TALLY) & (squares >= 0)).all()):
             raise Rejected("statistics count below 0 or beyond any site", code="statistics")
+    if SUMS in expected:
+        most = make_pieces(instruction.job)[-1].settings.buffer  # vectors of length 1
+        if not bool((contribution.groups[SUMS]["sum"].norm(dim=1) <= most * (1 + 1e-6)).all()):
+            raise Rejected(f"a class's sum of features is longer than {most} exemplars can make it", code="norm")
     return norm
 
 

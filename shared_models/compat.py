@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING
 
-from shared_models.compat_privacy import PRIVACY_RULES
+from shared_models.compat_privacy import PRIVACY_RULES, herds
 from shared_models.errors import CompatibilityError
 
 if TYPE_CHECKING:
@@ -70,6 +70,12 @@ def _unit(job: Job) -> str:
     return tasks[job.task.name].unit
 
 
+def _headless(job: Job) -> bool:
+    from shared_models.models import models
+
+    return not models[job.model.name].heads
+
+
 def _closed_form(job: Job) -> bool:
     """Whether sites answer with sums of examples, without training steps."""
     from shared_models.methods.base import make_method, overrides
@@ -115,6 +121,31 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         lambda job: _replays(job) and (_unit(job) != "sample" or _target(job) not in ("class", "none")),
         "continual method '{job.continual.name}' puts kept examples into a batch, and those of the task "
         "'{job.task.name}' cannot be kept one by one; 'finetune', 'joint', 'ewc' and 'si' can train it",
+    ),
+    (
+        lambda job: herds(job) and job.stream.kind != "classes",
+        "continual method '{job.continual.name}' answers for the classes of earlier tasks as the former model did, and "
+        "with stream.kind = '{job.stream.kind}' they are all classes: a later task's labels would teach nothing",
+    ),
+    (
+        lambda job: herds(job) and _headless(job),
+        "continual method '{job.continual.name}' takes the input of the model's head for an example's features, and "
+        "model '{job.model.name}' has no head",
+    ),
+    (
+        lambda job: herds(job) and job.continual.keys["buffer"] < len(job.task.labels),
+        "continual method '{job.continual.name}' keeps an example of every class, and continual.buffer = "
+        "{job.continual.keys[buffer]} is fewer than the {labels} labels",
+    ),
+    (
+        lambda job: herds(job) and bool(job.share.personal),
+        "continual method '{job.continual.name}' has one mean a class over the features of all sites, and [share] "
+        "personal makes each site's model its own",
+    ),
+    (
+        lambda job: herds(job) and bool(job.task.keys.get("class_weights") or job.task.keys.get("label_smoothing")),
+        "continual method '{job.continual.name}' has a loss of its own, a binary cross-entropy a class, in which "
+        "[task] class_weights and label_smoothing have no part",
     ),
     (
         lambda job: job.stream.kind == "drift" and (job.stream.amount or 0) > 1,

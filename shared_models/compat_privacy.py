@@ -68,6 +68,13 @@ def _again(job: Job) -> bool:
     return bool(piece.draws) or piece.whole
 
 
+def herds(job: Job) -> bool:
+    """Whether a stream's examples are chosen by their features, of which sites then give sums."""
+    from shared_models.methods.base import methods
+
+    return len(job.tasks) > 1 and methods[job.continual.name].herds
+
+
 def _sends_more(job: Job) -> bool:
     from shared_models.methods.base import make_method, overrides
 
@@ -121,6 +128,11 @@ PRIVACY_RULES: tuple[Rule, ...] = (
         lambda job: _on(job) and _pieces(job, "answer"),
         "method '{job.method.name}' sends sums of examples without noise, and privacy.mode = '{job.privacy.mode}' has "
         "none for them; 'fedavg' can train this model",
+    ),
+    (
+        lambda job: _on(job) and herds(job),
+        "continual method '{job.continual.name}' sends sums of examples' features without noise, and privacy.mode = "
+        "'{job.privacy.mode}' has none for them; 'finetune' can be protected, with privacy.mode = 'client' 'er' too",
     ),
     (
         lambda job: _sample(job) and _again(job),

@@ -26,7 +26,7 @@ and crosses with any server half: the client runs both, the federated method's p
 
 What a method remembers of examples is the client's business (`client.replay`): it declares `draws`, and finds what was
 drawn behind the batch's own examples, told apart by `Batch.past`. `former` names weights of an earlier model, whose
-outputs for the batch's own examples then stand there too.
+outputs for the batch then stand there too. One that `herds` has its exemplars chosen by `client.exemplars`.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ class Method:
         reference: whether what is drawn gives a gradient of its own (`round_state["reference"]`, for `grad`) instead of
             joining the batch.
         whole: whether a task is trained on with all tasks before it, as if no data ever went away.
+        herds: whether what is kept is chosen by herding at the end of each task, and the model then measured by the
+            nearest mean of what all sites keep.
     """
 
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
@@ -102,6 +104,7 @@ class Method:
     keeps_outputs: ClassVar[bool] = False
     reference: ClassVar[bool] = False
     whole: ClassVar[bool] = False
+    herds: ClassVar[bool] = False
     name: ClassVar[str]
 
     def __init__(self, settings: Any) -> None:
@@ -127,7 +130,11 @@ class Method:
 
     # ---- client half -------------------------------------------------------------------------------------------------
     def begin_round(self, down: Groups, kept: Groups) -> Groups:
-        """Constants of this round."""
+        """Constants of this round.
+
+        In a stream `kept` has a group `stream` besides: `before` and `now`, (C,) bool, the classes that earlier tasks
+        bring and those of this one.
+        """
         return {}
 
     def former(self, round_state: Groups) -> Tensors:

@@ -94,6 +94,11 @@ def test_the_scale_makes_each_draws_own_mean_of_the_mean_over_all() -> None:
     assert part.past is not None
     assert part.past.draw.tolist() == [0, 1]
     assert join(own, []) is own
+    asked = join(
+        own, drawn, [torch.full((len(p), 2), 9.0) for p in (own, *drawn)]
+    )  # an earlier model's word goes first
+    assert asked.past is not None
+    assert (asked.past.outputs == 9).all()
 
 
 def test_a_step_of_er_by_hand(make_job: MakeJob) -> None:
@@ -175,7 +180,7 @@ def test_earlier_examples_are_replayed_from_the_node_after_they_are_gone(
     assert any(not torch.equal(t, other[n]) for n, t in with_all.groups["model"].items())
 
 
-@pytest.mark.parametrize("method", ["er", "er-ace", "der++", "a-gem", "ewc", "lwf", "joint"])
+@pytest.mark.parametrize("method", ["er", "er-ace", "der++", "a-gem", "ewc", "lwf", "joint", "icarl"])
 def test_offline_a_continual_method_changes_nothing(
     make_job: MakeJob, make_splits: Callable[..., Splits], method: str
 ) -> None:

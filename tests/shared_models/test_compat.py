@@ -40,6 +40,7 @@ TEXTS: Parts = {
     "data": {"shape": [16], "tokenizer": "bytes"},
 }
 RESNET: Parts = {"model": {"name": "resnet18", "norm": "batch"}, "data": {"shape": [1, 32, 32]}}
+ICARL: Parts = {"time": "continual", "stream": {"tasks": 2}, "continual": {"name": "icarl", "buffer": 20}}
 STAGES: Parts = {"stages": [{"name": "one"}]}
 
 
@@ -119,6 +120,11 @@ CASES: list[tuple[str, Parts, Parts]] = [
         "continual method 'importance' keeps what it measured on a task's examples without noise",
         {**SAMPLE, "continual": {"name": "importance"}},
         {**CLIENT, "continual": {"name": "importance"}},
+    ),
+    (
+        "continual method 'icarl' sends sums of examples' features without noise, and privacy.mode = 'client' has none",
+        {**CLIENT, **ICARL},
+        {**CLIENT, **ICARL, "continual": {"name": "rehearsal"}},
     ),
     (
         "train.deterministic = false: a round that is done again after a crash would give other numbers under the same",
@@ -271,6 +277,31 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {"continual": {"name": "rehearsal"}, **ROTATION},
     ),
     (
+        "and with stream.kind = 'blur' they are all classes: a later task's labels would teach nothing",
+        {**ICARL, "stream": {"tasks": 2, "kind": "blur"}},
+        {**ICARL, "stream": {"tasks": 2, "kind": "blur"}, "continual": {"name": "er"}},
+    ),
+    (
+        "takes the input of the model's head for an example's features, and model 'clip' has no head",
+        {**ICARL, **ZERO_SHOT},
+        {**ICARL, **ZERO_SHOT, "continual": {"name": "er"}},
+    ),
+    (
+        "keeps an example of every class, and continual.buffer = 9 is fewer than the 10 labels",
+        {**ICARL, "continual": {"name": "icarl", "buffer": 9}},
+        {**ICARL, "continual": {"name": "icarl", "buffer": 10}},
+    ),
+    (
+        "continual method 'icarl' has one mean a class over the features of all sites, and [share] personal makes",
+        {**ICARL, "share": {"personal": ["head.*"]}},
+        {**ICARL, "share": {"base": ["head.*"]}},
+    ),
+    (
+        "continual method 'icarl' has a loss of its own, a binary cross-entropy a class, in which [task]",
+        {**ICARL, "task": {"label_smoothing": 0.1}},
+        {**ICARL, "time": "offline", "task": {"label_smoothing": 0.1}},
+    ),
+    (
         "stream.amount = 1.5 is a share of the contrast, and 1 is all of it",
         {"stream": {"kind": "drift", "amount": 1.5}},
         {"stream": {"kind": "drift", "amount": 1.0}},
@@ -374,6 +405,11 @@ def test_a_model_that_cannot_serve_the_task_is_refused(make_job: MakeJob, monkey
     monkeypatch.setitem(models._things, "mlp", replace(models["mlp"], tasks=("detection",)))
     with pytest.raises(CompatibilityError, match="model 'mlp' cannot serve the task 'classification'"):
         make_job(model={"name": "mlp"})
+
+
+def test_what_replays_choices_goes_with_every_task_that_makes_them(make_job: MakeJob) -> None:
+    for parts in ({}, ZERO_SHOT):
+        assert make_job(**parts, continual={"name": "er"}).continual.name == "er"
 
 
 def test_no_rule_is_without_a_case(make_job: MakeJob) -> None:

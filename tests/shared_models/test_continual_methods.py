@@ -164,6 +164,34 @@ def test_lwf_by_hand_among_the_classes_that_were_known(task: Task) -> None:
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_icarl_by_hand(task: Task) -> None:
+    """Class a is old, b new, c of a later task: it has no term. Without a former model an old class has none either."""
+    piece, log = make("icarl"), math.log
+    said = torch.tensor([[log(3), 9.0, 9.0], [-log(3), 9.0, 9.0]])  # q_a = 3/4 and 1/4
+    logits = torch.tensor([[0.0, log(4), 5.0], [log(4), 0.0, 5.0]])  # g: 1/2, 4/5; 4/5, 1/2
+    stream = {"before": torch.tensor([True, False, False]), "now": torch.tensor([False, True, False])}
+    y = torch.tensor([1, 0])
+    batch = Batch(torch.zeros(2, 1), y, past=past([0, 1], said))
+    values = objective(task, logits, batch, {}, [(piece, {"stream": stream, "former": {}})])
+    new, exemplar = log(2) - log(0.8), -0.25 * log(0.8) - 0.75 * log(0.2) + log(2)
+    assert values.tolist() == pytest.approx([new, exemplar], rel=1e-6)
+    plain = Batch(torch.zeros(2, 1), y)
+    values = objective(task, logits, plain, {}, [(piece, {"stream": stream, "former": {}})])
+    assert values.tolist() == pytest.approx([-log(0.8), log(2)], rel=1e-6)
+    offline = objective(task, logits, plain, {}, [(piece, piece.begin_round({}, {}))])
+    assert torch.equal(offline, task.loss(logits, plain))
+
+
+def test_icarl_keeps_the_model_of_the_last_task(task: Task) -> None:
+    piece, model = make("icarl"), Line()
+    assert piece.former(piece.begin_round({}, {})) == {}
+    first = piece.end_task(model, task, [], {})
+    with torch.no_grad():
+        model.w.fill_(5.0)
+    assert piece.former(piece.begin_round({}, first))["w"].item() == 0.0
+    assert piece.former(piece.begin_round({}, piece.end_task(model, task, [], first)))["w"].item() == 5.0
+
+
 def test_lwf_keeps_the_model_and_the_classes_of_every_task_so_far(task: Task) -> None:
     piece, model = make("lwf"), Line()
     assert piece.former(piece.begin_round({}, {})) == {}

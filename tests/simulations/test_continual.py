@@ -56,20 +56,22 @@ def test_methods_keep_equally_much_in_all(job: Job) -> None:
 
 def test_replay_remembers_what_fine_tuning_forgets(job: Job, sites: SitePopulation, tmp_path: Path) -> None:
     """And the page says so, with what was kept and with the task known."""
-    methods = ["finetune", "er", "der++"]
+    methods = ["finetune", "er", "der++", "icarl"]
     found = compare(job, sites, paradigms=PAIRS, methods=methods, seeds=(0, 1), folder=tmp_path)
     assert found.methods == methods
     for place in ("centralized", "federated"):
-        plain, er, dark = (found.cell(place, "continual", m) for m in methods)  # type: ignore[arg-type]
-        assert None not in (plain, er, dark)
+        plain, er, dark, exemplars = (found.cell(place, "continual", m) for m in methods)  # type: ignore[arg-type]
+        assert None not in (plain, er, dark, exemplars)
         assert all(max(r[-1][:-1]) < 0.1 for r in plain.matrix)
         assert all(r[-1][-1] > 0.7 for r in plain.matrix)  # the last task alone
         assert all(forgetting(r) > 0.6 for r in plain.matrix)
         assert min(er.all_sites) > 0.7
         assert min(dark.all_sites) > 0.7
-        assert all(final_average(k) > final_average(r) for k, r in zip(er.known, er.matrix, strict=True))
-        assert all(r[t][i] < 0.2 for r in er.matrix for t in range(4) for i in range(t + 1, 5))  # not yet seen
-        assert (plain.buffer, er.buffer, dark.buffer) == (0, 120, 120)
+        assert min(exemplars.all_sites) > 0.7
+        for cell in (er, exemplars):
+            assert all(final_average(k) > final_average(r) for k, r in zip(cell.known, cell.matrix, strict=True))
+            assert all(r[t][i] < 0.2 for r in cell.matrix for t in range(4) for i in range(t + 1, 5))  # not yet seen
+        assert (plain.buffer, er.buffer, dark.buffer, exemplars.buffer) == (0, 120, 120, 120)
         assert abs(plain.budget.samples - er.budget.samples) == 0
     said = " ".join(verdicts(found))
     assert (
@@ -88,10 +90,10 @@ def test_what_a_method_learns_at_the_end_of_a_task_reaches_who_trains(
 ) -> None:
     """A single client stands for all sites in one place, and in another only one of them trains."""
     short = job.replace(federation={"rounds": 4}, stream={"tasks": 2})
-    methods = ["finetune", "ewc", "lwf", "si"]
+    methods = ["finetune", "ewc", "lwf", "si", "icarl"]
     found = compare(short, sites, paradigms=[(place, "continual")], methods=methods, seeds=(0,))  # type: ignore[list-item]
     losses = {cell.method: cell.metrics["calibration"][0] for cell in found.cells}
-    assert len(set(losses.values())) == 4, losses
+    assert len(set(losses.values())) == 5, losses
 
 
 def test_forward_transfer_by_hand() -> None:
