@@ -42,7 +42,7 @@ def simulate(job: JobFile, set: Set = None, out: Out = None, skip_bad: SkipBad =
         require_enough(resolved, sites)
     folder = run_folder(out, resolved.name)
     planned = plan(resolved, len(sites.names), [(resolved.place, resolved.time)], [resolved.seed])
-    rounds = count_rounds(resolved, sites, planned)
+    rounds = count_rounds(sites, planned)
     with progress(rounds, quiet=as_json) as listen:
         comparison = run_one(resolved, sites, folder, typed(), listen)
     leave(comparison, folder, as_json)

@@ -77,7 +77,7 @@ def compare(
     title = "-".join(ready) if len(ready) < 4 else f"{next(iter(ready))}-and-{len(ready) - 1}-more"
     identity = hashlib.sha256("".join(one.job.hash for one in ready.values()).encode()).hexdigest()
     folder = run_folder(out, f"{title}-compare", identity if several else loaded[0].hash)
-    rounds = sum(count_rounds(one.job, one.sites, one.cells) for one in ready.values())
+    rounds = sum(count_rounds(one.sites, one.cells) for one in ready.values())
     found: dict[str, Comparison] = {}
     with progress(rounds, quiet=as_json) as listen:
         for name, one in ready.items():

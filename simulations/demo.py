@@ -71,7 +71,7 @@ def run(folder: Path) -> None:
     console.print(
         "A centralized baseline exists only because this is a demo: here one machine holds all three folders."
     )
-    with progress(count_rounds(job, sites, plan(job, len(sites.names), PARADIGMS, SEEDS))) as listen:
+    with progress(count_rounds(sites, plan(job, len(sites.names), PARADIGMS, SEEDS))) as listen:
         comparison = compare(
             job,
             sites,

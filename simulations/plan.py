@@ -107,8 +107,6 @@ def _choices(text: str, known: Sequence[str], what: str) -> list[str]:
     return list(dict.fromkeys(names)) or list(known)
 
 
-def count_rounds(job: Job, sites: SitePopulation, planned: Sequence[Sequence[Run]]) -> int:
-    """Rounds that these runs will make: an isolated one makes its own at every site."""
-    runs = [run for cell in planned for run in cell]
-    each = sum(step.federation.rounds for step in job.steps)
-    return each * sum(len(sites.names) if run.job.place == "isolated" else 1 for run in runs)
+def count_rounds(sites: SitePopulation, planned: Sequence[Sequence[Run]]) -> int:
+    """Rounds that these runs will make."""
+    return sum(run.rounds(len(sites.names)) for cell in planned for run in cell)

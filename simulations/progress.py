@@ -20,6 +20,11 @@ def progress(rounds: int, quiet: bool = False) -> Iterator[Callable[[str, int, d
         def listen(cell: str, seed: int, event: dict[str, Any]) -> None:
             if event["event"] == "round":
                 bar.update(task, advance=1, description=f"{cell}, seed {seed}")
+            elif (
+                event["event"] == "found"
+            ):  # it was finished before: no work, and nothing that tells how long work takes
+                total = (bar.tasks[task].total or 0) - event["rounds"]
+                bar.update(task, total=total, description=f"{cell}, seed {seed}: found finished")
             elif event["event"] == "rejected":
                 bar.console.print(f"rejected {event['site']} in round {event['round']}: {event['detail']}")
 

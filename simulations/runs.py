@@ -61,6 +61,10 @@ class Run:
         method = "" if self.method in ("", "finetune") else f"-{self.method.replace('+', 'p')}"
         return f"{self.job.place}-{self.job.time}{method}-{self.job.seed}"
 
+    def rounds(self, sites: int) -> int:
+        """How many it makes: an isolated one makes its own at each of so many sites."""
+        return sum(step.federation.rounds for step in self.job.steps) * (sites if self.job.place == "isolated" else 1)
+
     def carry_out(self, sites: SitePopulation, benches: Benches, folder: Path | None, listen: Listen | None) -> Result:
         """The result, found again where it was finished with this very job on these very sites.
 
@@ -82,6 +86,8 @@ class Run:
         }
         found = _found(place, identity) if place else None
         if found is not None:
+            if listen:
+                listen(self.cell, self.job.seed, {"event": "found", "rounds": self.rounds(len(sites.names))})
             return found
         if place:
             shutil.rmtree(place, ignore_errors=True)

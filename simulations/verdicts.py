@@ -65,10 +65,11 @@ def _joined(c: Comparison, j: Joining) -> str:
         return f" ({', '.join(sites)})" if 0 < len(sites) <= NAMED else ""
 
     low, high = j.spread or (0.0, 0.0)
+    first = f"{len(gains)} of {len(j.gains)} sites {'gains' if len(gains) == 1 else 'gain'}{named(gains)}"
     m, what = c.headline, c.headline.step(c.metric)
     return (
-        f"by joining, on their own tests, {len(gains)} of {len(j.gains)} sites gain{named(gains)}, {len(loses)} "
-        f"{'loses' if len(loses) == 1 else 'lose'}{named(loses)}, and for {len(unsettled)} nothing can be "
+        f"by joining, on their own tests, {first}, {len(loses)} {'loses' if len(loses) == 1 else 'lose'}"
+        f"{named(loses)}, and for {len(unsettled)} nothing can be "
         f"claimed{named(unsettled)} (95 % intervals, {len(c.seeds)} seeds). Mean gain {m.figure(j.mean)} {what}, "
         f"{m.figure(low)} to {m.figure(high)} with other sites and seeds drawn (95 % bootstrap)."
     )
@@ -83,10 +84,27 @@ def _by_method(c: Comparison) -> list[str]:
         if plain:
             pairs = [(m, cell, plain) for m in others if (cell := c.cell(place, "continual", m))]
             said += together(c, f"{place.capitalize()}, continual, against fine-tuning", pairs)
+        said += _forgot_by_method(c, place)
     for place in ("isolated", "centralized"):
         found = [(m, c.cell("federated", "continual", m), c.cell(place, "continual", m)) for m in c.methods]
         said += together(c, f"Continual, federated against {place}", [(m, a, b) for m, a, b in found if a and b])
     return said
+
+
+def _forgot_by_method(c: Comparison, place: Place) -> list[str]:
+    """One sentence on what each method forgot at a place; none where nothing was measured."""
+    m, lost = c.headline, []
+    for method in c.methods:
+        cell = c.cell(place, "continual", method)
+        if cell and cell.matrix:
+            f = summarize([forgetting(r, m.larger) for r in cell.matrix])
+            interval = "" if f.low is None or f.high is None else f" ({m.figure(f.low)} to {m.figure(f.high)})"
+            lost.append(f"{method} {m.figure(f.mean)}{interval}")
+    side = "below" if m.larger else "above"
+    seeds = f"95 % intervals, {len(c.seeds)} seeds" if len(c.seeds) > 1 else "one seed"
+    step = m.step(c.metric)
+    return [f"{place.capitalize()}, continual, how far earlier tasks end {side} their best, {step} ({seeds}): "
+            f"{', '.join(lost)}."] if lost else []  # fmt: skip
 
 
 def together(c: Comparison, what: str, pairs: Sequence[tuple[str, Cell, Cell]]) -> list[str]:

@@ -90,7 +90,7 @@ def test_compare_runs_every_cell_and_leaves_its_traces(job: Job, sites: SitePopu
     assert all((cell.matrix is not None) == (cell.time == "continual") for cell in comparison.cells)
     assert comparison.partition.hash == sites.partition.hash
     rounds = sum(1 for _, _, event in heard if event["event"] == "round")
-    assert rounds == count_rounds(job, sites, plan(job, 3, EVERY, (0, 1)))
+    assert rounds == count_rounds(sites, plan(job, 3, EVERY, (0, 1)))
     assert Job.load(tmp_path / "federated-offline-1" / "job.toml").seed == 1
     again = compare(job, sites, paradigms=[("federated", "offline")], seeds=(0, 1))
     assert again.cells[0].all_sites == comparison.cells[1].all_sites

@@ -15,7 +15,7 @@ from simulations import report, results
 from simulations.compare import compare, load_sites
 from simulations.partition import SitePopulation
 from simulations.plan import plan
-from simulations.statistics import final_average, forgetting, forward_transfer
+from simulations.statistics import final_average, forgetting, forward_transfer, summarize
 from simulations.verdicts import verdicts
 
 PAIRS = [("centralized", "continual"), ("federated", "continual")]
@@ -78,6 +78,11 @@ def test_replay_remembers_what_fine_tuning_forgets(job: Job, sites: SitePopulati
         "Federated, continual, against fine-tuning on all sites' tests, points (95 % intervals, 2 seeds): er " in said
     )
     assert "Continual, federated against centralized on all sites' tests" in said
+    replayed = found.cell("federated", "continual", "er")
+    lost = summarize([forgetting(r) for r in replayed.matrix])  # type: ignore[union-attr]
+    shown = f"er {100 * lost.mean:.1f} ({100 * lost.low:.1f} to {100 * lost.high:.1f})".replace("-", "−")
+    assert "Federated, continual, how far earlier tasks end below their best, points" in said
+    assert shown in said
     page = report.write(found, tmp_path / "report.html").read_text()
     assert "120 examples kept in all" in page
     assert "forward transfer" in page
@@ -133,8 +138,15 @@ def test_a_stopped_comparison_goes_on_and_ends_with_the_same_table(
         compare(short, sites, folder=tmp_path / "two", listen=kill, **asked)  # type: ignore[arg-type]
     assert len(carried) == 3
     carried.clear()
-    again = compare(short, sites, folder=tmp_path / "two", **asked)  # type: ignore[arg-type]
+    heard: list[tuple[str, int]] = []
+
+    def count(cell: str, seed: int, event: dict) -> None:
+        heard.extend([(event["event"], event.get("rounds", 1))] if event["event"] in ("found", "round") else [])
+
+    again = compare(short, sites, folder=tmp_path / "two", listen=count, **asked)  # type: ignore[arg-type]
     assert carried == ["federated-continual-er-0", "federated-continual-er-1"]
+    assert [what for what, _ in heard] == ["found"] * 2 + ["round"] * 10
+    assert [rounds for what, rounds in heard if what == "found"] == [5, 5]  # which no progress bar waits for
     for a, b in zip(whole.cells, again.cells, strict=True):
         assert a.model_copy(update={"seconds": []}) == b.model_copy(update={"seconds": []})
     carried.clear()

@@ -82,7 +82,7 @@ def test_the_tables_and_the_sentence_say_so() -> None:
         ],
     )
     (said,) = [line for line in verdicts(c) if "by joining" in line]
-    assert "1 of 3 sites gain (a), 1 loses (b), and for 1 nothing can be claimed (c)" in said
+    assert "1 of 3 sites gains (a), 1 loses (b), and for 1 nothing can be claimed (c)" in said
 
 
 def test_of_one_seed_nothing_is_claimed() -> None:
