@@ -55,7 +55,7 @@ def for_terminal(comparison: Given, width: int = 120) -> list[Table]:
     return found
 
 
-def asmarkdown(comparison: Given) -> str:
+def as_markdown(comparison: Given) -> str:
     """The same tables for a README, with a line end after the last row of each.
 
     Raises:
