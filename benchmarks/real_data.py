@@ -95,7 +95,7 @@ TITLES = {
     "split-digits": (
         "Digits in five tasks: continual methods at three places",
         "examples/digits-continual.toml --time offline,continual --continual finetune,joint,er,er-ace,der,der++,a-gem,"
-        "ewc,si,lwf --seeds 5",
+        "ewc,si,lwf,icarl --seeds 5",
     ),
     "split-cifar10": (
         "4,000 images of CIFAR-10 in five tasks: replay at three places",
