@@ -18,6 +18,7 @@ from server.executor import Executor
 from server.figures import merge_sums, round_to
 from server.outcome import Outcome, Progress, Totals
 from server.privacy import make_privacy
+from server.refinement import make_refinement
 from shared_models.checks import check_contribution
 from shared_models.errors import Rejected, RunError
 from shared_models.files import write_whole
@@ -75,6 +76,7 @@ class Coordinator:
         self._left = {name: entries[name] for name in self.spec.kept} if job.whole.stages else {}
         template = {name: entries[name].detach().clone() for name in self.spec.sent}
         self.state: Groups = self.method.init(template, self.spec.trained)
+        self.refine = make_refinement(job, self.method, model)
         self.statistics: Mapping[str, Tensor] = {}
         self.best_model: Mapping[str, Tensor] = {}
         self.progress = Progress()
@@ -209,6 +211,7 @@ class Coordinator:
         self.privacy.settle(round)
         if means is not None:
             self.state = _as(down, self.method.finish(self.state, means, accepted, len(population)))
+        self.state = self.refine(self.state, round)
         totals.rounds += 1
         totals.samples += int(sum(row["samples"] for row in rows.values()))
         totals.sequential_steps += int(max((row["steps"] for row in rows.values()), default=0))
