@@ -196,7 +196,7 @@ def test_it_trains_with_one_thread(job: Job, sites: Sites, monkeypatch: pytest.M
 
 def test_a_refined_model_answers_more_like_the_former_one(job: Job, sites: Sites) -> None:
     """On images made of another seed's noise, about the classes of the first task: nearer than the averaged model."""
-    longer = job.replace(method={**QUICK, "images": 50, "steps": 200}, train={"epochs": 10.0})
+    longer = job.replace(method={**QUICK, "images": 50, "steps": 200}, train={"epochs": 5.0, "momentum": 0.9})
     rounds = after_each_round(coordinator(longer, sites))
     old, method = list(job.tasks[0]), make_method(longer)
     assert isinstance(method, DataFreeDistillation)
