@@ -12,6 +12,9 @@ model on, the new one is then trained on the noise and on the images made of it 
 
     min_w  E_x mean_c (z_c(x; w) - 1/|S| sum_{s in S} z_s(x; w) - a_c(x))^2        S: all classes so far
 
+Where sites train on earlier tasks' examples again (replay), the averaged model knows all classes so far, and the new
+one goes on from it.
+
 Both models together make the images of old and of new classes, or these would be told apart by how they were made. The
 rounds of a task are FedAvg's, and nothing but the model travels. TARGET (Zhang et al. 2023) and MFCL (Babakniya et al.
 2023) have the same aim, and send images or a generator to the sites.
@@ -31,7 +34,7 @@ from torch import Tensor, nn
 from shared_models.job import Job
 from shared_models.job_parts import DataPart
 from shared_models.keys import generator
-from shared_models.methods.base import Method, Tensors, method
+from shared_models.methods.base import Method, Tensors, make_pieces, method
 from shared_models.methods.fedavg import FedAvgSettings
 from shared_models.schedule import task_of
 from shared_models.sums import Groups
@@ -80,8 +83,9 @@ class DataFreeDistillation(Method):
 
     def _distilled(self, model: nn.Module, former: Tensors, averaged: Tensors, job: Job, task: int) -> Tensors:
         old = sorted({c for classes in job.tasks[:task] for c in classes})
-        new, source = list(job.tasks[task]), generator(job.seed, "dfkd", task=task)
-        known = sorted({*old, *new})
+        known, source = sorted({*old, *job.tasks[task]}), generator(job.seed, "dfkd", task=task)
+        again = trains_again(job)
+        new = known if again else list(job.tasks[task])
         both = together([(_with(model, former), old), (_with(model, averaged), new)], known)
         noise = torch.randn(self.settings.images * len(known), *job.data.shape, generator=source)
         wanted = torch.arange(len(known)).repeat(self.settings.images)
@@ -89,7 +93,7 @@ class DataFreeDistillation(Method):
         x = torch.cat([shown(noise), shown(self._moved(noise, wanted, both, shown))])
         with torch.no_grad():
             said = torch.cat([both(part) for part in x.split(self.settings.batch_size)])
-        _put(model, former)
+        _put(model, averaged if again else former)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=self.settings.server_lr)
         for _ in range(self.settings.steps):
@@ -115,6 +119,12 @@ class DataFreeDistillation(Method):
                 optimizer.step()
             made.append(moving.detach())
         return torch.cat(made)
+
+
+def trains_again(job: Job) -> bool:
+    """Whether sites train on examples of earlier tasks again, so that the averaged model knows their classes too."""
+    piece = make_pieces(job)[-1]
+    return bool(piece.draws) or piece.whole
 
 
 def together(models: Sequence[tuple[nn.Module, Sequence[int]]], known: Sequence[int]) -> Answer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from server.outcome import Outcome
 from shared_models.job import Job
 from shared_models.job_parts import DataPart
 from shared_models.keys import generator
+from shared_models.methods import dfkd
 from shared_models.methods.base import make_method
 from shared_models.methods.dfkd import DataFreeDistillation, distance, pixels, together
 from shared_models.spec import build_model
@@ -213,6 +214,27 @@ def test_a_refined_model_answers_more_like_the_former_one(job: Job, sites: Sites
     with torch.no_grad():
         off = [distance(m(x)[:, old], said(x)).item() for m in (averaged, refined)]
     assert off[1] < 0.5 * off[0], off
+
+
+@pytest.mark.parametrize(("continual", "new"), [("finetune", [3, 4, 5, 6]), ("lwf", [3, 4, 5, 6]), ("er", range(7))])
+def test_what_sites_replay_the_averaged_model_knows(
+    job: Job, sites: Sites, continual: str, new: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And then the new model goes on from it: with hardly a step it is the averaged one, else the former one."""
+    knows: list[list[list[int]]] = []
+
+    def watched(models: Any, known: Any) -> Any:
+        knows.append([list(classes) for _, classes in models])
+        return together(models, known)
+
+    monkeypatch.setattr(dfkd, "together", watched)
+    still = job.replace(continual={"name": continual}, method={**QUICK, "steps": 1, "server_lr": 1e-9})
+    rounds = after_each_round(coordinator(still, sites))
+    assert knows[0] == [[0, 1, 2], list(new)]
+    (averaged, refined), former = rounds[3], rounds[1][1]
+    start = averaged if continual == "er" else former
+    assert all(torch.allclose(v, start[n], atol=1e-7) for n, v in refined.items())
+    assert not all(torch.allclose(v, former[n], atol=1e-7) for n, v in averaged.items())
 
 
 @pytest.mark.parametrize("continual", ["er", "er-ace", "der++", "a-gem", "ewc", "si", "lwf", "joint"])
