@@ -277,7 +277,7 @@ def test_it_forgets_less_on_digits(make_job: Callable[..., Job]) -> None:
     def run(method: dict[str, Any]) -> Outcome:
         return Coordinator(digits.replace(method=method), engine, str(method), evaluators=people.names).run()
 
-    plain, ours = run({"name": "fedavg"}), run({"name": "dfkd", "image_steps": 20})
+    plain, ours = run({"name": "fedavg"}), run({"name": "dfkd", "images": 50, "image_steps": 20})
     assert final_average(ours.known) > 0.9 > 0.7 > final_average(plain.known)
     assert final_average(ours.matrix) > final_average(plain.matrix) + 0.1
     assert forgetting(ours.matrix) < forgetting(plain.matrix) - 0.2
