@@ -264,6 +264,19 @@ def test_what_is_not_trained_stays(make_job: Callable[..., Job], job: Job, sites
     assert set(outcome.model) == set(spec.sent) < set(start.state_dict())
 
 
+@pytest.mark.parametrize("mode", [{"mode": "sample"}, {"mode": "client"}, {"mode": "client", "mechanism": "ftrl"}])
+def test_with_privacy_it_spends_nothing(job: Job, sites: Sites, mode: dict[str, str]) -> None:
+    """It sees only what was given out: epsilon is FedAvg's."""
+    private = job.replace(privacy={**mode, "noise": 1.0}, method={**QUICK, "weighting": "uniform"})
+    plain = private.replace(method={"name": "fedavg", "weighting": "uniform"})
+    loops = [coordinator(j, sites) for j in (private, plain)]
+    ours, _ = (after_each_round(loop) for loop in loops)
+    assert any(not torch.equal(v, ours[3][0][n]) for n, v in ours[3][1].items())
+    spent = [loop.privacy.summary() for loop in loops]
+    assert spent[0] == spent[1]
+    assert spent[0]["epsilon"]
+
+
 def test_it_forgets_less_on_digits(make_job: Callable[..., Job]) -> None:
     """Ten digits in five tasks at three sites: far more is known with the task known, and much more without."""
     digits = make_job(
