@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from client.augment import Augment
+from shared_models.determinism import determinism as determinism
 from shared_models.errors import ConfigError, FingerprintError
 from shared_models.job import Job
 from shared_models.job_parts import TrainPart
@@ -171,27 +171,3 @@ def make_optimizer(part: TrainPart, parameters: list[torch.nn.Parameter]) -> tor
     if part.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=part.lr, weight_decay=part.weight_decay)
     return torch.optim.SGD(parameters, lr=part.lr, momentum=part.momentum, weight_decay=part.weight_decay)
-
-
-@contextmanager
-def determinism(enabled: bool) -> Iterator[None]:
-    """One thread per operation and deterministic kernels inside the block.
-
-    Torch would then also fill every new tensor with NaN, to show a kernel that reads what it never wrote; that costs
-    a pass over all memory and no kernel in use needs it.
-    """
-    if not enabled:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses matrix products on CUDA
-    threads, kernels = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(kernels)
-        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from server.executor import Executor
 from server.figures import merge_sums, round_to
 from server.outcome import Outcome, Progress, Totals
 from server.privacy import make_privacy
+from server.refinement import make_refinement
 from server.task_end import ATTEMPTS, PASSING, class_means, end_task
 from shared_models.checks import check_contribution
 from shared_models.errors import Rejected, RunError
@@ -76,6 +77,7 @@ class Coordinator:
         self._left = {name: entries[name] for name in self.spec.kept} if job.whole.stages else {}
         template = {name: entries[name].detach().clone() for name in self.spec.sent}
         self.state: Groups = self.method.init(template, self.spec.trained)
+        self.refine = make_refinement(job, self.method, model)
         self.statistics: Mapping[str, Tensor] = {}
         self.best_model: Mapping[str, Tensor] = {}
         herds = len(job.tasks) > 1 and make_pieces(job)[-1].herds
@@ -213,6 +215,7 @@ class Coordinator:
         self.privacy.settle(round)
         if means is not None:
             self.state = _as(down, self.method.finish(self.state, means, accepted, len(population)))
+        self.state = self.refine(self.state, round)
         totals.rounds += 1
         totals.samples += int(sum(row["samples"] for row in rows.values()))
         totals.sequential_steps += int(max((row["steps"] for row in rows.values()), default=0))

@@ -83,6 +83,13 @@ def _closed_form(job: Job) -> bool:
     return overrides(make_method(job), "answer")
 
 
+def _draws_inputs(job: Job) -> bool:
+    """Whether the server trains the model on inputs that it makes itself."""
+    from shared_models.methods.base import make_method, overrides
+
+    return overrides(make_method(job), "refine")
+
+
 BY_CLASS = ("dirichlet", "shards", "labels")  # partitions
 
 RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
@@ -258,6 +265,21 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (
         lambda job: job.place == "isolated" and job.method.name != "fedavg" and not _closed_form(job),
         "isolated sites never aggregate, so method '{job.method.name}' would do nothing there",
+    ),
+    (
+        lambda job: _draws_inputs(job) and (not _chooses(job) or bool(job.data.tokenizer)),
+        "method '{job.method.name}' makes inputs by gradients towards labels that a model chooses: images, features or "
+        "series of the task 'classification', not the task '{job.task.name}' on {job.data.form}",
+    ),
+    (
+        lambda job: _draws_inputs(job) and job.data.form == "image" and job.data.normalise_by == "sites",
+        "method '{job.method.name}' makes images within the range that data.mean and data.std leave, and "
+        "data.normalise_by = 'sites' gives no numbers for it",
+    ),
+    (
+        lambda job: _draws_inputs(job) and bool(job.share.personal),
+        "method '{job.method.name}' trains the whole model at the server, and [share] personal keeps a part of it at "
+        "the sites",
     ),
     *PRIVACY_RULES,
 )

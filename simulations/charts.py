@@ -92,7 +92,7 @@ def axis(values: Sequence[float], unit: str, figures: Sequence[str] = ()) -> Axi
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from `low` to at least `high` (1, 2 or 5 times a power of ten apart), about so many."""
-    span = max(high - low, 1e-12)
+    span = high - low if high > low else 1.0
     power = 10.0 ** math.floor(math.log10(span / about))
     step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= about + 1e-9)
     first = math.floor(low / step + 1e-9)

@@ -5,6 +5,7 @@ Server half (pure; states and means are groups of named float tensors):
     state = init(template, trained)          before round 0
     down(state)                              the groups every site of the cohort receives
     finish(state, mean, cohort, population)  the next state from the means of what came up
+    refine(state, model, job, round)         the next state from the model itself, with no data
 
 Client half (pure functions of tensors, also under `torch.func.vmap`):
 
@@ -127,6 +128,14 @@ class Method:
     def finish(self, state: Groups, mean: Groups, cohort: int, population: int) -> Groups:
         """The next state. `mean`: weighted means over the `cohort` accepted sites of `population` known ones."""
         return {**state, "model": mean["model"]}
+
+    def refine(self, state: Groups, model: nn.Module, job: Job, round: int) -> Groups:
+        """The state after a round that is aggregated, where the server trains by itself.
+
+        All it keeps has to be in the state, and all it draws keyed (`shared_models.keys`): a run that is resumed makes
+        it again. `model` is built for the job, and what it holds beside entries that are sent are its start values.
+        """
+        return state
 
     # ---- client half -------------------------------------------------------------------------------------------------
     def begin_round(self, down: Groups, kept: Groups) -> Groups:

@@ -41,6 +41,7 @@ TEXTS: Parts = {
 }
 RESNET: Parts = {"model": {"name": "resnet18", "norm": "batch"}, "data": {"shape": [1, 32, 32]}}
 ICARL: Parts = {"time": "continual", "stream": {"tasks": 2}, "continual": {"name": "icarl", "buffer": 20}}
+DFKD: Parts = {"method": {"name": "dfkd"}}
 STAGES: Parts = {"stages": [{"name": "one"}]}
 
 
@@ -385,6 +386,26 @@ CASES: list[tuple[str, Parts, Parts]] = [
         "isolated sites never aggregate, so method 'fedprox' would do nothing there",
         {**KMEANS, "place": "isolated", "method": {"name": "fedprox"}},
         {**LLOYD, "place": "isolated"},  # a closed form is how that model is found, at one site too
+    ),
+    (
+        "features or series of the task 'classification', not the task 'segmentation' on image",
+        {**SEGMENTATION, **DFKD},
+        {**FEATURES, **DFKD},
+    ),
+    (
+        "not the task 'zero-shot' on image-text",
+        {**ZERO_SHOT, **DFKD},
+        {**DFKD, "time": "continual", "stream": {"tasks": 2}},
+    ),
+    (
+        "images within the range that data.mean and data.std leave, and data.normalise_by = 'sites' gives no numbers",
+        {**DFKD, "data": {"normalise_by": "sites"}},
+        {**DFKD, "data": {**FEATURES["data"], "normalise_by": "sites"}},
+    ),
+    (
+        "method 'dfkd' trains the whole model at the server, and [share] personal keeps a part of it at the sites",
+        {**DFKD, "share": {"personal": ["@head"]}},
+        {**DFKD, "share": {"base": ["!@head"]}},
     ),
 ]
 

@@ -140,6 +140,9 @@ def test_methods_mean_nothing_where_nothing_is_aggregated(make_job: Maker) -> No
     assert variant(job, "federated", "offline", 3).method.name == "scaffold"
     assert variant(job, "isolated", "offline", 3).method.name == "fedavg"
     assert variant(job, "centralized", "offline", 3).seed == 3
+    distilled = make_job(method={"name": "dfkd"})
+    places = [variant(distilled, place, "offline", 0).method.name for place in PLACES]
+    assert places == ["fedavg", "dfkd", "fedavg"]
     with pytest.raises(CompatibilityError, match="isolated sites never aggregate"):
         job.replace(place="isolated")
 

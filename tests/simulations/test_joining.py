@@ -12,6 +12,7 @@ from scipy.stats import t as student
 from shared_models.job import Job
 from simulations.joining import joinings, worst
 from simulations.leaving import left_sites
+from simulations.report import write
 from simulations.results import parse
 from simulations.statistics import bootstrap
 from simulations.tables import gain_table, site_table
@@ -83,6 +84,12 @@ def test_the_tables_and_the_sentence_say_so() -> None:
     )
     (said,) = [line for line in verdicts(c) if "by joining" in line]
     assert "1 of 3 sites gains (a), 1 loses (b), and for 1 nothing can be claimed (c)" in said
+
+
+def test_where_nothing_is_gained_the_page_is_drawn(tmp_path: Any) -> None:
+    c = comparison(cell("federated", ALONE, ALONE), cell("isolated", ALONE, ALONE))
+    page = write(c, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert page.count(">0.0</text>") == 3
 
 
 def test_of_one_seed_nothing_is_claimed() -> None:
