@@ -57,6 +57,11 @@ def _remembers(job: Job) -> bool:
     return bool(piece.draws) or overrides(piece, "former") or overrides(piece, "see")
 
 
+def _joined(job: Job) -> bool:
+    """Whether sites join one after the other."""
+    return job.time == "continual" and job.stream.kind == "sites"
+
+
 def _closed_form(job: Job) -> bool:
     """Whether sites answer with sums of examples, without training steps."""
     from shared_models.methods.base import make_method, overrides
@@ -77,10 +82,10 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (
         lambda job: job.time == "continual" and job.stream.kind == "classes" and _target(job) != "class",
         "a stream of classes cuts the labels into tasks, and an example of the task '{job.task.name}' has no single "
-        "label; stream.kind = 'blur' or 'drift', or time = 'offline', can train it",
+        "label; stream.kind = 'sites', 'blur' or 'drift', or time = 'offline', can train it",
     ),
     (
-        lambda job: job.stream.kind != "classes" and len(job.data.shape) != 3,
+        lambda job: job.stream.kind not in ("classes", "sites") and len(job.data.shape) != 3,
         "stream.kind = '{job.stream.kind}' changes images, and [data] describes {job.data.form} of shape "
         "{job.data.shape}",
     ),
@@ -100,6 +105,11 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (
         lambda job: job.stream.kind == "blur" and 2 * (job.stream.amount or 0) >= min(job.data.shape[-2:]) - 1,
         "stream.amount = {job.stream.amount} blurs over more pixels than data.shape = {job.data.shape} has",
+    ),
+    (
+        lambda job: _joined(job) and job.method.name == "scaffold",
+        "scaffold's control variate is the mean over all sites of the federation, and in a stream of sites those of a "
+        "round are others than those of the one before",
     ),
     (
         lambda job: bool(job.stages) and job.time == "continual",
