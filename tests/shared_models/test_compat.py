@@ -40,6 +40,7 @@ TEXTS: Parts = {
     "data": {"shape": [16], "tokenizer": "bytes"},
 }
 RESNET: Parts = {"model": {"name": "resnet18", "norm": "batch"}, "data": {"shape": [1, 32, 32]}}
+JOINING: Parts = {"time": "continual", "stream": {"kind": "sites", "tasks": 2}}
 STAGES: Parts = {"stages": [{"name": "one"}]}
 
 
@@ -209,6 +210,21 @@ CASES: list[tuple[str, Parts, Parts]] = [
         "scaffold recovers the gradient from the distance moved, which train.momentum = 0.9 changes",
         {**SCAFFOLD, "train": {"momentum": 0.9}},
         {"method": {"name": "fedprox"}, "train": {"momentum": 0.9}},
+    ),
+    (
+        "scaffold's control variate is the mean over all sites of the federation, and in a stream of sites",
+        {**JOINING, **SCAFFOLD},
+        {**JOINING, "time": "offline", **SCAFFOLD},
+    ),
+    (
+        "privacy.mode = 'client' hides whether a site takes part, and stream.kind = 'sites' says in which rounds",
+        {**JOINING, **CLIENT},
+        {**JOINING, **SAMPLE},
+    ),
+    (
+        "stream.stay gives each site another number of passes a round, and privacy.mode = 'sample' finds the noise",
+        {**JOINING, **SAMPLE, "stream": {"kind": "sites", "tasks": 2, "stay": True}},
+        {**JOINING, "stream": {"kind": "sites", "tasks": 2, "stay": True}},
     ),
     (
         "scaffold's control variates would contain train.weight_decay = 0.1",
