@@ -15,6 +15,7 @@ from client.state import DiskState, State
 from client.workbench import Benches
 from server.coordinator import Coordinator
 from server.events import Events
+from server.runs import create_run
 from shared_models.errors import CompatibilityError, ConfigError, RunError
 from shared_models.job import Job
 from shared_models.messages import Contribution, Instruction
@@ -326,6 +327,18 @@ def test_sites_that_are_not_there(job: Job) -> None:
     with pytest.raises(RunError, match=r"round 2: none of the sites that train in it is there \(site-3\)"):
         present(job, ["site-1", "site-4"], 2)
     assert list(present(job.replace(time="offline"), ["site-1"], 2)) == ["site-1"]
+
+
+def test_a_server_is_told_who_trains_when(job: Job, tmp_path: Path) -> None:
+    with pytest.raises(CompatibilityError, match=r"names 5 sites in stream.sites, .* federation.min_sites = 1. Set"):
+        create_run(tmp_path, job)
+    for part in ({"kind": "sites", "tasks": 3}, {"order": "rotated", "tasks": 3}):
+        unnamed = Job.resolve({**job.model_dump(), "stream": part})
+        with pytest.raises(CompatibilityError, match="does not say which site trains when"):
+            create_run(tmp_path, unnamed)
+        create_run(tmp_path, unnamed.replace(time="offline"))
+    made = create_run(tmp_path, job.replace(federation={"min_sites": 5}))
+    assert made.job().stream == job.stream
 
 
 def test_groups_by_name_are_the_job_files(make_job: Maker, tmp_path: Path) -> None:
