@@ -236,7 +236,7 @@ def test_a_task_ends_at_the_sites_that_have_just_trained(job: Job, sites: SitePo
 def test_what_is_kept_at_a_site_that_has_left_helps_no_other(job: Job, sites: SitePopulation) -> None:
     """Federated, where each site trains in one task alone, methods that act from the second task on never act."""
     plain, _ = carry_out(job, sites)
-    for name in ("ewc", "lwf"):
+    for name in ("ewc", "lwf", "si"):
         assert same(plain, carry_out(job.replace(continual={"name": name}), sites)[0]), name
     once, _ = carry_out(job, sites, "centralized")
     for name in ("ewc", "lwf", "er"):
