@@ -208,7 +208,7 @@ def test_fewer_sites_than_tasks_begin_far_apart(make_job: Maker) -> None:
 
 
 def test_a_comparison_of_schedules(job: Job, sites: SitePopulation) -> None:
-    """That all labels are there at any time, though at no site, keeps the shared model from forgetting."""
+    """All labels are there at any time, though at no one site: the shared model keeps more of them."""
     pairs: Any = [("federated", "continual"), ("isolated", "continual")]
     job = job.replace(federation={"rounds": 12})
     turned = compare(job.replace(stream={"sites": []}), sites, paradigms=pairs, seeds=(0,))
