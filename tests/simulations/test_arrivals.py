@@ -83,10 +83,14 @@ def test_or_those_who_have_joined_stay(job: Job, sites: SitePopulation) -> None:
 
 
 def test_a_fraction_is_one_of_those_who_are_there(job: Job, sites: SitePopulation) -> None:
-    _, heard = carry_out(job.replace(federation={"fraction": 0.5}), sites)
+    job = job.replace(federation={"fraction": 0.5})
+    result, heard = carry_out(job, sites)
     chosen = rounds(heard)
     assert [len(names) for _, names in chosen] == [1] * 6
     assert all(names[0] in job.stream.sites[r // 2] for r, names in chosen)
+    alone = carry_out(job, sites, "isolated")[1]
+    assert sorted(rounds(alone)) == chosen
+    assert abs(carry_out(job, sites, "centralized")[0].totals.samples - result.totals.samples) <= 6
 
 
 def test_an_isolated_site_trains_in_its_own_rounds_and_one_client_with_who_is_there(
@@ -283,8 +287,8 @@ def test_a_private_site_spends_in_its_own_rounds_alone(job: Job, sites: SitePopu
     private = job.replace(privacy={"mode": "sample", "epsilon": 8.0, "delta": 1e-3})
     result, heard = carry_out(private, sites)
     assert {round(value, 1) for value in result.privacy["epsilon"].values()} <= {7.9, 8.0}
-    spent = {name: 2 * len([e for e in heard if e["event"] == "round" and name in e["sites"]]) for name in FIVE}
-    assert set(spent.values()) == {4}
+    trained = {name: sum(e["event"] == "round" and name in e["sites"] for e in heard) for name in FIVE}
+    assert set(trained.values()) == {2}
     assert len(cost(private, 100).epsilon) == 2, "of a site's own task"
 
 
