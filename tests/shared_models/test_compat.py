@@ -28,11 +28,8 @@ SAMPLE: Parts = {"privacy": {"mode": "sample", "noise": 1.0}}
 CLIENT: Parts = {"privacy": {"mode": "client", "noise": 1.0}, "method": {"name": "fedavg", "weighting": "uniform"}}
 SHARES: Parts = {**CLIENT, "privacy": {"mode": "client", "noise": 1.0, "noise_by": "clients"}}
 IN_TURN: Parts = {**CLIENT, "privacy": {"mode": "client", "noise": 1.0, "mechanism": "ftrl"}}
-CLIP: Parts = {
-    "model": {"name": "clip"},
-    "task": {"name": "contrastive", "labels": []},
-    "data": {"shape": [3, 32, 32], "tokenizer": "bytes"},
-}
+PAIRS: Parts = {"data": {"shape": [3, 32, 32], "tokenizer": "bytes"}}
+CLIP: Parts = {**PAIRS, "model": {"name": "clip"}, "task": {"name": "contrastive", "labels": []}}
 ZERO_SHOT: Parts = {**CLIP, "task": {"name": "zero-shot", "labels": ["a", "b"]}}
 TEXTS: Parts = {
     "model": {"name": "gpt"},
@@ -269,7 +266,7 @@ CASES: list[tuple[str, Parts, Parts]] = [
     (
         "stream.kind = 'drift' changes images, and [data] describes features of shape (2,)",
         {"stream": {"kind": "drift"}, **FEATURES},
-        {"stream": {"kind": "classes"}, **FEATURES},
+        {"stream": {"kind": "sites"}, **FEATURES},
     ),
     (
         "stream.kind = 'rotation' turns images without their mask",
