@@ -92,5 +92,6 @@ class NodeData:
             store = read(data.format, data.folder, wanted)
             for line in store.skipped:
                 log.warning("passed over: %s", line)
-            self._splits, self._wanted = split(store), wanted
+            own = store.held_by({self.config.site: torch.arange(len(store.names))})
+            self._splits, self._wanted = split(own), wanted
         return self._splits

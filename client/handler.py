@@ -117,7 +117,7 @@ class Handler:
         }
         if instruction.kind == "evaluate":
             return self._reply(instruction, metrics=metrics)
-        examples = splits.train.of_tasks(instruction.job, (instruction.task,))
+        examples = splits.train.due(instruction.job, instruction.task)
         ends = instruction.kind == "end_task" and MEMORY in kept.get(bench.pieces[-1].name, {})
         if not len(examples) and not (ends and bench.pieces[-1].herds):
             return self._reply(instruction, code="no-data", metrics=metrics)
@@ -267,8 +267,8 @@ class Handler:
 
 
 def _counts(splits: Splits, job: Job) -> list[int]:
-    """A site's training examples, task by task."""
-    return [len(splits.train.of_tasks(job, (task,))) for task in range(len(job.tasks))]
+    """The training examples that a site is at, period by period of the rounds."""
+    return [len(splits.train.due(job, period)) for period in range(len(job.tasks))]
 
 
 def _stream(instruction: Instruction, device: torch.device) -> Groups:
@@ -287,7 +287,7 @@ def _stream(instruction: Instruction, device: torch.device) -> Groups:
 
 def _whole(instruction: Instruction, splits: Splits, own: Examples) -> tuple[Examples, Instruction]:
     """The examples of all tasks so far, and the budget in which as many are processed as of the task's own."""
-    examples = splits.train.of_tasks(instruction.job, range(instruction.task + 1))
+    examples = splits.train.due(instruction.job, instruction.task, so_far=True)
     if instruction.budget.steps is not None:
         return examples, instruction
     samples = count_samples(len(own), instruction.job.train.batch_size, instruction.budget)

@@ -70,6 +70,14 @@ class Policy:
                     hint="Nothing was run; ask the server's operator",
                     code="beyond-job",
                 )
+            part = instruction.job.stream
+            varies = instruction.job.time == "continual" and part.by_site
+            if self.as_written and varies and instruction.site not in part.groups:
+                raise PolicyError(
+                    f"job '{job.name}' says which site is when at which task, and '{instruction.site}' is not named",
+                    hint="Nothing was run; ask the server's operator to name it in stream.sites",
+                    code="not-named",
+                )
             self._require_privacy(job)
             if instruction.kind == "statistics" and not self.statistics:
                 raise PolicyError("this site gives no statistics ([policy] in client.toml)", code="no-statistics")
@@ -124,5 +132,5 @@ def _is_as_written(instruction: Instruction) -> bool:
         and all(part == "validation" for part, _ in instruction.evaluate)
         and instruction.round < rounds
         and instruction.task == task_of(job, instruction.round)
-        and instruction.budget == round_budget(job, instruction.round)
+        and instruction.budget == round_budget(job, instruction.round, instruction.site)
     )

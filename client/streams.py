@@ -23,8 +23,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from client.readers.base import Store
 from client.readers.parts import number_of
-from shared_models.job_parts import StreamPart
 from shared_models.registry import Registry
+from shared_models.stream_part import StreamPart
 
 Change = Callable[[Tensor, float], Tensor]
 changes: Registry[tuple[Change, float]] = Registry("stream", "client.streams")
@@ -41,8 +41,8 @@ def stream(name: str, usual: float) -> Callable[[Change], Change]:
 
 
 def streamed(store: Store, part: StreamPart) -> Store:
-    """The store with the task of every example, and each task's images changed; as it is for a stream of classes."""
-    if part.kind == "classes":
+    """The store with the task of every example, and each task's images changed; of classes or sites as it is."""
+    if part.kind in ("classes", "sites"):
         return store
     change, usual = changes[part.kind]
     tasks = torch.tensor([number_of(name, "stream") % part.tasks for name in store.together])

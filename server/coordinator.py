@@ -29,7 +29,7 @@ from shared_models.methods.base import make_method, make_pieces, overrides
 from shared_models.models import models
 from shared_models.nearest_mean import MEANS, find_head, no_sums
 from shared_models.normalisation import merge
-from shared_models.schedule import round_budget, task_of
+from shared_models.schedule import present, round_budget, task_of
 from shared_models.spec import build_model
 from shared_models.sums import Groups, PairwiseMean
 from shared_models.tasks.base import make_task
@@ -48,7 +48,7 @@ class Coordinator:
         events: where events go besides.
         evaluators: sites whose validation and test data measure the model at the end; by default the population.
         start: values of entries that an earlier stage of the job left.
-        budget: round -> budget of each selected site, None to leave the round out; by default the job's own.
+        budget: (round, selected site) -> its budget, None to leave the round out; by default the job's own.
         secret: what noise of the server's is drawn from; see `make_privacy`.
     """
 
@@ -62,13 +62,13 @@ class Coordinator:
         events: Events | None = None,
         evaluators: Sequence[str] | None = None,
         start: Mapping[str, Tensor] | None = None,
-        budget: Callable[[int], Budget | None] | None = None,
+        budget: Callable[[int, str], Budget | None] | None = None,
         secret: bytes | None = None,
     ) -> None:
         self.job, self.executor, self.run_id, self.folder = job, executor, run, folder
         self.events = events or Events(folder / "events.jsonl" if folder else None)
         self.evaluators = evaluators
-        self.budget = budget or (lambda round: round_budget(job, round))
+        self.budget = budget or (lambda round, site: round_budget(job, round, site))
         self.method, self.task = make_method(job), make_task(job)
         self.measure = self.task.measure(self.task.headline)
         model, self.spec = build_model(job, start=start)
@@ -99,7 +99,7 @@ class Coordinator:
             self.events.emit("weights", loaded=str(self.spec.match))
         self.executor.admit(self._probe, part.min_sites, part.wait)
         self.measure_statistics()
-        if len(self.job.tasks) > 1 and not self.progress.round:
+        if len(self.job.tasks) > 1 and not self.progress.round and self.job.stream.order == "shared":
             self.progress.untrained = self._row(0)["test"]
         self._end_task_that_is_over()
         for round in range(self.progress.round, part.rounds):
@@ -156,29 +156,29 @@ class Coordinator:
     def train_round(self, round: int) -> None:
         """One round: select, dispatch, collect, check, accumulate, finish."""
         part, totals = self.job.federation, self.progress.totals
-        budget = self.budget(round)
-        if budget is None:
-            return
-        population = self.executor.population(part.min_sites, part.wait)
+        population = present(self.job, self.executor.population(part.min_sites, part.wait), round)
         cohort = self.privacy.cohort(population, round)
+        budgets = {site: self.budget(round, site) for site in cohort}
+        if not population or None in budgets.values():
+            return
         down = self.method.down(self.state)
         base = self._instruction(
             "train",
             round=round,
-            budget=budget,
             evaluate=tuple(("validation", t) for t in range(len(self.job.tasks))),
             groups=down,
         )
+        asked = {site: replace(base, site=site, budget=budget) for site, budget in budgets.items() if budget}
         slots = {site: slot for slot, site in enumerate(cohort)}
         mean = PairwiseMean(len(cohort))
         rows: dict[str, dict[str, float]] = {}
         refused: dict[str, str] = {}
         validation: list[Contribution] = []
-        for reply in self.executor.run(replace(base, site=site) for site in cohort):
+        for reply in self.executor.run(asked.values()):
             slot = slots[reply.site]
             self.privacy.note(reply)
             try:
-                norm = check_contribution(reply, replace(base, site=reply.site), down, part.max_update_norm)
+                norm = check_contribution(reply, asked[reply.site], down, part.max_update_norm)
             except Rejected as error:
                 mean.skip(slot)
                 if error.code == "no-data":

@@ -109,13 +109,16 @@ def create_run(runs: Path, job: Job) -> RunFolder:
     """A new folder `<job name>-<time>` with the job in it.
 
     Raises:
-        CompatibilityError: the job's place is one that only a simulation has.
+        CompatibilityError: the job's place is one that only a simulation has, or its stream differs from site to site
+            and does not say who is who.
     """
     if job.place != "federated":
         raise CompatibilityError(
             f"job '{job.name}' has place = '{job.place}', which only a simulation can do",
             hint="Use `fedzoo simulate`, or submit it with --set place=federated",
         )
+    if job.time == "continual" and job.stream.by_site:
+        _require_names(job)
     stamp = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         path = runs / (stamp if number == 1 else f"{stamp}-{number}")
@@ -126,6 +129,22 @@ def create_run(runs: Path, job: Job) -> RunFolder:
     write_whole(path / "job.toml", job.to_toml())
     folder.write(state="created")
     return folder
+
+
+def _require_names(job: Job) -> None:
+    """Every site that trains at a time of its own has to be named, and there: all of them measure after each task."""
+    part, need = job.stream, len(job.stream.groups)
+    if not part.sites:
+        raise CompatibilityError(
+            f"job '{job.name}' does not say which site trains when, and a server knows only those that are enrolled",
+            hint="Name them in stream.sites, a list of groups, e.g. sites = [['north'], ['south', 'west']]",
+        )
+    if job.federation.min_sites != need:
+        raise CompatibilityError(
+            f"job '{job.name}' names {need} sites in stream.sites, all of which measure after each task, and "
+            f"federation.min_sites = {job.federation.min_sites}",
+            hint=f"Set federation.min_sites = {need}",
+        )
 
 
 def find_run(runs: Path, run: str) -> RunFolder:

@@ -76,6 +76,11 @@ def _headless(job: Job) -> bool:
     return not models[job.model.name].heads
 
 
+def _joined(job: Job) -> bool:
+    """Whether sites join one after the other."""
+    return job.time == "continual" and job.stream.kind == "sites"
+
+
 def _closed_form(job: Job) -> bool:
     """Whether sites answer with sums of examples, without training steps."""
     from shared_models.methods.base import make_method, overrides
@@ -103,7 +108,7 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (
         lambda job: job.cuts_labels and _target(job) not in ("class", "none"),
         "a stream of classes cuts the labels into tasks, and an example of the task '{job.task.name}' has no single "
-        "label; stream.kind = 'blur' or 'drift', or time = 'offline', can train it",
+        "label; stream.kind = 'sites', 'blur' or 'drift', or time = 'offline', can train it",
     ),
     (
         lambda job: job.cuts_labels and _target(job) == "none" and not job.task.labels,
@@ -111,7 +116,7 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "task.labels, which tells its examples apart and nothing more, or change stream.kind",
     ),
     (
-        lambda job: job.stream.kind != "classes" and len(job.data.shape) != 3,
+        lambda job: job.stream.kind not in ("classes", "sites") and len(job.data.shape) != 3,
         "stream.kind = '{job.stream.kind}' changes images, and [data] describes {job.data.form} of shape "
         "{job.data.shape}",
     ),
@@ -133,6 +138,11 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         lambda job: herds(job) and job.stream.kind != "classes",
         "continual method '{job.continual.name}' answers for the classes of earlier tasks as the former model did, and "
         "with stream.kind = '{job.stream.kind}' they are all classes: a later task's labels would teach nothing",
+    ),
+    (
+        lambda job: (herds(job) or _draws_inputs(job)) and len(job.tasks) > 1 and job.stream.order != "shared",
+        "'{job.method.name}' with '{job.continual.name}' tells old classes from new ones by the task that all sites are "
+        "at, and with stream.order = '{job.stream.order}' each is at its own",
     ),
     (
         lambda job: herds(job) and _headless(job),
@@ -161,6 +171,11 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (
         lambda job: job.stream.kind == "blur" and 2 * (job.stream.amount or 0) >= min(job.data.shape[-2:]) - 1,
         "stream.amount = {job.stream.amount} blurs over more pixels than data.shape = {job.data.shape} has",
+    ),
+    (
+        lambda job: _joined(job) and job.method.name == "scaffold",
+        "scaffold's control variate is the mean over all sites of the federation, and in a stream of sites those of a "
+        "round are others than those of the one before",
     ),
     (
         lambda job: job.simulation.partition in BY_CLASS and _target(job) != "class",

@@ -158,6 +158,16 @@ PRIVACY_RULES: tuple[Rule, ...] = (
         "and no one noise meets privacy.epsilon; give privacy.noise",
     ),
     (
+        lambda job: _client(job) and job.time == "continual" and job.stream.kind == "sites",
+        "privacy.mode = 'client' hides whether a site takes part, and stream.kind = 'sites' says in which rounds it "
+        "does; privacy.mode = 'sample' protects examples",
+    ),
+    (
+        lambda job: _sample(job) and job.time == "continual" and job.stream.kind == "sites" and job.stream.stay,
+        "stream.stay gives each site another number of passes a round, and privacy.mode = 'sample' finds the noise for "
+        "one; stay = false can be protected",
+    ),
+    (
         lambda job: _client(job) and job.place != "federated",
         "privacy.mode = 'client' hides a site among others, and place = '{job.place}' has no others; privacy.mode = "
         "'sample' protects examples there",

@@ -30,13 +30,13 @@ from shared_models.job_parts import (
     Place,
     PrivacyPart,
     SharePart,
-    StreamPart,
     TaskPart,
     Time,
     TrainPart,
     WeightsPart,
 )
 from shared_models.simulation_part import SimulationPart
+from shared_models.stream_part import StreamPart
 from shared_models.validation import validate
 
 STAGED = ("model", "task", "data", "method", "share", "lora", "train", "augment", "federation", "stream")

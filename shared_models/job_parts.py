@@ -346,19 +346,3 @@ class FederationPart(Part):
     round_timeout: Annotated[float, Field(gt=0)] = 3600.0
     max_update_norm: Annotated[float, Field(gt=0)] = 1e6
     select: Literal["last", "best"] = "last"
-
-
-class StreamPart(Part):
-    """`[stream]`: what comes one after the other when `time = "continual"`, and all at once when it is offline.
-
-    Attributes:
-        kind: `classes` cuts the labels, in their order, into tasks (class-incremental). The others deal the examples to
-            tasks by their names and change the images of each task more than those of the task before
-            (domain-incremental, `client.streams`): `rotation`, `blur`, `drift` of a scanner.
-        tasks: T.
-        amount: the change in the last task, in what its kind is measured in; the first task's images are as they are.
-    """
-
-    kind: Literal["classes", "rotation", "blur", "drift"] = "classes"
-    tasks: Positive = 5
-    amount: Annotated[float, Field(gt=0)] | None = None

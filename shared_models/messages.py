@@ -36,7 +36,7 @@ class Instruction:
         site: the addressee.
         job: the resolved job, or its stage; the node hashes the whole of it itself and asks its own policy.
         fingerprint: of the server's model spec; a node whose own differs refuses.
-        task: index of the task in the stream.
+        task: index of the task in the stream; where sites have orders of their own, of the period of the rounds.
         round: number of the round, from 0, over all tasks.
         rounds: number of rounds of the run, for schedules that do not restart.
         budget: of this round, for `train`.

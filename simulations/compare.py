@@ -21,6 +21,7 @@ from shared_models.errors import ConfigError, FedzooError, RunError
 from shared_models.job import Job
 from shared_models.spec import build_model
 from shared_models.tasks.base import Target, make_task
+from simulations.arrivals import settled
 from simulations.leaving import left_sites
 from simulations.measures import measures_of
 from simulations.paradigms import Result, Setting
@@ -98,6 +99,7 @@ def compare(
         demo: whether the report says that it is a demonstration.
         listen: hears every event.
     """
+    job = settled(job, sites.names)
     planned, benches = plan(job, len(sites.names), paradigms, seeds, methods), Benches()
     ahead = None
     if processes > 1 and folder:
@@ -141,6 +143,7 @@ def compare(
 
 def run_one(job: Job, sites: SitePopulation, folder: Path, command: str, listen: Listen | None = None) -> Comparison:
     """One job as it stands, its traces in `folder` itself: the comparison of a single cell with itself."""
+    job = settled(job, sites.names)
     alone = job if job.place == "federated" else variant(job, job.place, job.time, job.seed)
     run = Run(with_memory(alone, len(sites.names)))
     listener = (lambda event: listen(run.cell, job.seed, event)) if listen else None
@@ -190,7 +193,7 @@ def make_sites(job: Job, base: Path, skip_bad: int = 0) -> SitePopulation:
     """The simulated sites of a job, whatever its model.
 
     Raises:
-        ConfigError: as `read_pool` and `make_partition`.
+        ConfigError: as `read_pool`, `make_partition` and `settled`.
         DataError: the data cannot be read, or a site would have no example for one of the three parts.
     """
     partitions.get(job.simulation.partition, "simulation.partition")  # before anything is read
@@ -203,6 +206,7 @@ def make_sites(job: Job, base: Path, skip_bad: int = 0) -> SitePopulation:
         own = read_pool(step, base, skip_bad)
         same = same_sites(partition, store, own)
         earlier.append(SitePopulation(same.seen(own, make_task(step).target), same, test=test))
+    settled(last, list(partition.rows))
     sites = SitePopulation(partition.seen(store, make_task(last).target), partition, earlier, test)
     for population in (*earlier, sites):
         for name in population.names:

@@ -33,7 +33,7 @@ from shared_models.errors import ConfigError
 from shared_models.job import Job
 from shared_models.messages import Budget
 from shared_models.registry import Registry
-from shared_models.schedule import round_budget, stage_run, task_of
+from shared_models.schedule import present, round_budget, stage_run, task_of
 from shared_models.tasks.base import make_task
 from simulations.engines.inprocess import InProcess
 from simulations.partition import SitePopulation
@@ -78,7 +78,7 @@ class Result:
 
 
 Paradigm = Callable[["Setting"], Result]
-Budgets = Callable[["Setting"], Callable[[int], Budget | None]]
+Budgets = Callable[["Setting"], Callable[[int, str], Budget | None]]
 paradigms: Registry[Paradigm] = Registry("paradigm", "simulations.paradigms")
 
 
@@ -116,7 +116,7 @@ class Setting:
         Args:
             names: of the sites that train.
             name: of the sub-folder for its traces.
-            budget: the setting of one stage -> round -> budget of each site; by default the job's own.
+            budget: the setting of one stage -> (round, site) -> its budget; by default the job's own.
         """
         self.require_measurable()
         folder = self.folder / name if self.folder and name else self.folder
@@ -147,7 +147,8 @@ class Setting:
 
     def cohort(self, round: int) -> list[str]:
         """The sites that the federation selects in a round."""
-        return select(self.sites.names, self.job.federation.fraction, self.job.seed, round)
+        there = present(self.job, self.sites.names, round)
+        return select(there, self.job.federation.fraction, self.job.seed, round)
 
 
 def paradigm(name: str) -> Callable[[Paradigm], Paradigm]:
@@ -169,16 +170,17 @@ def centralized(setting: Setting) -> Result:
     Its bytes up are the pooled examples, sent once; no model travels.
     """
 
-    def budget(step: Setting) -> Callable[[int], Budget | None]:
+    def budget(step: Setting) -> Callable[[int, str], Budget | None]:
         pooled = step.sites.pooled()
 
-        def of_round(round: int) -> Budget | None:
-            each = round_budget(step.job, round)
+        def of_round(round: int, site: str) -> Budget | None:
             if step.job.privacy.mode == "sample" and step.job.federation.fraction == 1:
-                return each  # the noise is found for the job's own budget, which is the same but for rounding
+                return round_budget(
+                    step.job, round
+                )  # the noise is found for the job's own budget, which is the same but for rounding
             task, size = task_of(step.job, round), step.job.train.batch_size
-            held = [count for name in step.cohort(round) if (count := _held(step, step.splits(name), task))]
-            samples = sum(count_samples(count, size, each) for count in held)
+            held = {s: count for s in step.cohort(round) if (count := _held(step, step.splits(s), task))}
+            samples = sum(count_samples(count, size, round_budget(step.job, round, s)) for s, count in held.items())
             return Budget(epochs=samples / _held(step, pooled, task)) if held else None
 
         return of_round
@@ -196,8 +198,8 @@ def isolated(setting: Setting) -> Result:
     outcomes: dict[str, Outcome] = {}
     for name in setting.sites.names:
 
-        def budget(step: Setting, name: str = name) -> Callable[[int], Budget | None]:
-            return lambda round: round_budget(step.job, round) if name in step.cohort(round) else None
+        def budget(step: Setting) -> Callable[[int, str], Budget | None]:
+            return lambda round, site: round_budget(step.job, round, site) if site in step.cohort(round) else None
 
         outcomes[name] = setting.carry_out([name], name, budget)
     headline = _headline(setting)
@@ -261,8 +263,8 @@ def _metrics(setting: Setting, outcome: Outcome) -> dict[str, float]:
 
 
 def _held(setting: Setting, splits: Splits, task: int) -> int:
-    """Training examples that are there for one task."""
-    return len(splits.train.of_tasks(setting.job, (task,)))
+    """Training examples that are there in the rounds of one task."""
+    return len(splits.train.due(setting.job, task))
 
 
 def _headline(setting: Setting) -> str:

@@ -119,7 +119,7 @@ class SitePopulation:
         earlier: Sequence[SitePopulation] = (),
         test: Literal["own", "shared"] = "own",
     ) -> None:
-        self.store = store
+        self.store = store.held_by({name: torch.from_numpy(rows) for name, rows in partition.rows.items()})
         self.earlier = earlier
         self.partition = partition
         self.test = test

@@ -76,7 +76,8 @@ def cost(job: Job, examples: int | None) -> Cost:
 
     Args:
         job: with `[privacy]`.
-        examples: of one site, shared out evenly over the tasks of a stream; only for the sample as unit.
+        examples: of one site, shared out evenly over the tasks of a stream, but all in one for a stream of sites; only
+            for the sample as unit.
 
     Raises:
         ConfigError: the job has no privacy, or the number of examples is needed.
@@ -100,7 +101,8 @@ def cost(job: Job, examples: int | None) -> Cost:
         [text for step in job.steps for text in assumptions(step)]
         if part.mode == "client"
         else [
-            f"the site has {examples} training examples, which is public, and takes part in every round",
+            f"the site has {examples} training examples, which is public, and takes part in every round for which "
+            "it has some",
             "each example is in a step on its own with that rate, drawn from the site's secret",
         ]
     )
@@ -113,5 +115,7 @@ def _so_far(job: Job, examples: int) -> list[list[Spend]]:
         return [[client_spend(job, r)] for r in range(1, job.federation.rounds + 1)]
     tasks = len(job.tasks)
     counts = [examples * (t + 1) // tasks - examples * t // tasks for t in range(tasks)]
+    if job.stream.kind == "sites" and tasks > 1:  # all of a site's are of the task in which it joins
+        counts = [examples] + [0] * (tasks - 1)
     spends = list(planned(job, counts).values())
     return [spends[: r + 1] for r in range(len(spends))]

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from shared_models.errors import ConfigError, DataError
 from shared_models.job import Job
-from shared_models.job_parts import DataPart, StreamPart
+from shared_models.job_parts import DataPart
 from shared_models.models import models
 from shared_models.registry import Registry, nearest
+from shared_models.schedule import stays
+from shared_models.stream_part import StreamPart
 from shared_models.tasks.base import Batch, Target, make_task
 
 KEPT_NORMALISED = 256 * 2**20  # bytes
@@ -146,6 +148,7 @@ class Store:
         alternatives: whether the examples of one group are one input with several targets, any of which is right, such
             as an image and its captions; validation and test then hold the first of each group alone.
         tasks: (N,) int64, the task of the stream that an example comes with, where that is not told by its class.
+        holders: (names of sites, (N,) int64, whose example each is), where that is known.
         statistics: (mean, std) measured at the sites, each (C,) or (F,), in units of `x / 255` for images.
     """
 
@@ -160,6 +163,7 @@ class Store:
     groups: Sequence[str] = ()
     alternatives: bool = False
     tasks: Tensor | None = None
+    holders: tuple[Sequence[str], Tensor] | None = None
     statistics: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -186,6 +190,13 @@ class Store:
         found = self.statistics or (torch.tensor(self.data.mean), torch.tensor(self.data.std))
         tail = (-1, 1, 1) if self.x.dtype == torch.uint8 else (-1,)
         return tuple(v.float().reshape(tail) * self.unit for v in found)  # type: ignore[return-value]
+
+    def held_by(self, rows: Mapping[str, Tensor]) -> Store:
+        """Itself with the site that holds each example, from the rows of each; -1 where none does."""
+        whose = torch.full((len(self.names),), -1)
+        for place, held in enumerate(rows.values()):
+            whose[held] = place
+        return replace(self, holders=(tuple(rows), whose))
 
     def normalised_by(self, mean: Tensor, std: Tensor) -> Store:
         """Itself with measured statistics; the last one made is kept, for it is asked for in every round."""
@@ -244,12 +255,42 @@ class Examples:
 
         Of a stream of classes also those of the classes that are there `always`.
         """
-        if len(job.tasks) == 1:
-            return self
+        return self if len(job.tasks) == 1 else Examples(self.store, self.rows[self._come_with(job, tasks, always)])
+
+    def due(self, job: Job, period: int, *, so_far: bool = False) -> Examples:
+        """The examples that are trained on in a period of the job's rounds: of the task that their site is at.
+
+        Args:
+            job: where all sites share one order, period t is that of task t.
+            period: rounds of one task, counted from 0.
+            so_far: with those of all periods before.
+        """
+        periods = range(period + 1) if so_far or stays(job) else (period,)
+        if len(job.tasks) == 1 or job.stream.order == "shared":
+            return self.of_tasks(job, periods)
+        found, count = torch.zeros(len(self), dtype=torch.bool), len(job.tasks)
+        for turn in range(count):
+            found |= (self._groups(job) == turn) & self._come_with(job, [(p + turn) % count for p in periods])
+        return Examples(self.store, self.rows[found])
+
+    def _come_with(self, job: Job, tasks: Sequence[int], always: Sequence[int] = ()) -> Tensor:
+        """Which of them come with these tasks, or are of these classes, (N,) bool."""
+        if job.stream.kind == "sites":
+            return torch.isin(self._groups(job), torch.tensor(tasks))
         if self.store.tasks is not None:
-            return Examples(self.store, self.rows[torch.isin(self.store.tasks[self.rows], torch.tensor(tasks))])
-        classes = [*always, *(c for task in tasks for c in job.tasks[task])]
-        return Examples(self.store, self.rows[torch.isin(self.y, torch.tensor(classes))])
+            return torch.isin(self.store.tasks[self.rows], torch.tensor(tasks))
+        return torch.isin(self.y, torch.tensor([*always, *(c for task in tasks for c in job.tasks[task])]))
+
+    def _groups(self, job: Job) -> Tensor:
+        """The group of `stream.sites` that the site of each is in, (N,); -1: the job does not name it."""
+        if self.store.holders is None:
+            raise ConfigError(
+                "the stream differs from site to site, and it is not known which site holds these examples",
+                hint="`Store.held_by` says it",
+            )
+        names, whose = self.store.holders
+        groups = torch.tensor([*(job.stream.groups.get(name, -1) for name in names), -1])
+        return groups[whose[self.rows]]
 
     def batch(
         self, indices: Tensor, device: torch.device | None = None, change: Callable[[Batch], Batch] | None = None

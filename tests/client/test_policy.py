@@ -147,6 +147,25 @@ def test_work_that_a_job_does_not_say_is_refused(stream: Job, more: dict[str, ob
     Policy([stream.hash]).require(greedy)  # the simulator's baselines may
 
 
+def test_a_site_trains_when_a_stream_of_sites_says(make_job: Callable[..., Job]) -> None:
+    """Site a joins in the second of two tasks, of two rounds each, and passes as often over its data as offline."""
+    for stay in (False, True):
+        groups = {"kind": "sites", "sites": [["b"], ["a"]], "stay": stay}
+        job = make_job(time="continual", stream=groups, federation={"rounds": 4})
+        policy = Policy([job.hash], as_written=True)
+        policy.require(written(job, 3, 1, Budget(epochs=2.0)))
+        with pytest.raises(PolicyError, match="more than"):
+            policy.require(written(job, 3, 1, Budget(epochs=1.0)))
+        first = replace(written(job, 3, 1, Budget(epochs=1.0 if stay else 2.0)), site="b")
+        policy.require(first)
+        for kind in ("probe", "train", "end_task", "evaluate"):
+            with pytest.raises(PolicyError, match="which site is when at which task, and 'c' is not named") as caught:
+                policy.require(replace(first, site="c", kind=kind))
+            assert caught.value.code == "not-named"
+        offline = job.replace(time="offline")
+        Policy([offline.hash], as_written=True).require(replace(ask(offline), rounds=4, site="c"))
+
+
 def test_a_node_takes_part_in_federations_only(make_job: Callable[..., Job]) -> None:
     for place in ("centralized", "isolated"):
         job = make_job(place=place)

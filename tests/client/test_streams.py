@@ -10,7 +10,8 @@ import torch
 from client.readers.base import Examples, Splits, Store
 from client.streams import blur, changes, drift, rotation, streamed
 from shared_models.job import Job
-from shared_models.job_parts import DataPart, StreamPart
+from shared_models.job_parts import DataPart
+from shared_models.stream_part import StreamPart
 
 
 def images(count: int = 200) -> Store:

@@ -28,11 +28,8 @@ SAMPLE: Parts = {"privacy": {"mode": "sample", "noise": 1.0}}
 CLIENT: Parts = {"privacy": {"mode": "client", "noise": 1.0}, "method": {"name": "fedavg", "weighting": "uniform"}}
 SHARES: Parts = {**CLIENT, "privacy": {"mode": "client", "noise": 1.0, "noise_by": "clients"}}
 IN_TURN: Parts = {**CLIENT, "privacy": {"mode": "client", "noise": 1.0, "mechanism": "ftrl"}}
-CLIP: Parts = {
-    "model": {"name": "clip"},
-    "task": {"name": "contrastive", "labels": []},
-    "data": {"shape": [3, 32, 32], "tokenizer": "bytes"},
-}
+PAIRS: Parts = {"data": {"shape": [3, 32, 32], "tokenizer": "bytes"}}
+CLIP: Parts = {**PAIRS, "model": {"name": "clip"}, "task": {"name": "contrastive", "labels": []}}
 ZERO_SHOT: Parts = {**CLIP, "task": {"name": "zero-shot", "labels": ["a", "b"]}}
 TEXTS: Parts = {
     "model": {"name": "gpt"},
@@ -42,6 +39,7 @@ TEXTS: Parts = {
 RESNET: Parts = {"model": {"name": "resnet18", "norm": "batch"}, "data": {"shape": [1, 32, 32]}}
 ICARL: Parts = {"time": "continual", "stream": {"tasks": 2}, "continual": {"name": "icarl", "buffer": 20}}
 DFKD: Parts = {"method": {"name": "dfkd"}}
+JOINING: Parts = {"time": "continual", "stream": {"kind": "sites", "tasks": 2}}
 STAGES: Parts = {"stages": [{"name": "one"}]}
 
 
@@ -213,6 +211,21 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {"method": {"name": "fedprox"}, "train": {"momentum": 0.9}},
     ),
     (
+        "scaffold's control variate is the mean over all sites of the federation, and in a stream of sites",
+        {**JOINING, **SCAFFOLD},
+        {**JOINING, "time": "offline", **SCAFFOLD},
+    ),
+    (
+        "privacy.mode = 'client' hides whether a site takes part, and stream.kind = 'sites' says in which rounds",
+        {**JOINING, **CLIENT},
+        {**JOINING, **SAMPLE},
+    ),
+    (
+        "stream.stay gives each site another number of passes a round, and privacy.mode = 'sample' finds the noise",
+        {**JOINING, **SAMPLE, "stream": {"kind": "sites", "tasks": 2, "stay": True}},
+        {**JOINING, "stream": {"kind": "sites", "tasks": 2, "stay": True}},
+    ),
+    (
         "scaffold's control variates would contain train.weight_decay = 0.1",
         {**SCAFFOLD, "train": {"weight_decay": 0.1}},
         {**SCAFFOLD, "train": {"weight_decay": 0.0}},
@@ -260,7 +273,7 @@ CASES: list[tuple[str, Parts, Parts]] = [
     (
         "stream.kind = 'drift' changes images, and [data] describes features of shape (2,)",
         {"stream": {"kind": "drift"}, **FEATURES},
-        {"stream": {"kind": "classes"}, **FEATURES},
+        {"stream": {"kind": "sites"}, **FEATURES},
     ),
     (
         "stream.kind = 'rotation' turns images without their mask",
@@ -281,6 +294,11 @@ CASES: list[tuple[str, Parts, Parts]] = [
         "and with stream.kind = 'blur' they are all classes: a later task's labels would teach nothing",
         {**ICARL, "stream": {"tasks": 2, "kind": "blur"}},
         {**ICARL, "stream": {"tasks": 2, "kind": "blur"}, "continual": {"name": "er"}},
+    ),
+    (
+        "tells old classes from new ones by the task that all sites are at, and with stream.order = 'rotated' each is",
+        {**ICARL, "stream": {"tasks": 2, "order": "rotated"}},
+        {**ICARL, "stream": {"tasks": 2, "order": "rotated"}, "continual": {"name": "er"}},
     ),
     (
         "takes the input of the model's head for an example's features, and model 'clip' has no head",

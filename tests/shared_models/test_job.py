@@ -208,7 +208,7 @@ def test_the_hash_never_changes_by_accident() -> None:
         '"name":"pinned","place":"federated","privacy":{"accountant":"rdp","clip":1.0,"clip_rate":0.2,"delta":1e-05,'
         '"epsilon":0.0,"gradients":"auto","mechanism":"gaussian","mode":"none","noise":null,"noise_by":"server",'
         '"quantile":0.0,"sampling":"poisson"},"seed":0,"share":{"base":[],"personal":[]},"stages":[],'
-        '"stream":{"amount":null,"kind":"classes","tasks":5},'
+        '"stream":{"amount":null,"kind":"classes","order":"shared","sites":[],"stay":false,"tasks":5},'
         '"task":{"aliases":{},"class_weights":[],"headline":null,"label_smoothing":0.0,"labels":["a","b"],'
         '"name":"classification"},"time":"offline","train":{"accumulate":1,"batch_size":32,"clip":0.0,'
         '"deterministic":true,"epochs":1.0,"lr":0.05,"momentum":0.0,"optimizer":"sgd","precision":"fp32",'
