@@ -141,8 +141,8 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     ),
     (
         lambda job: (herds(job) or _draws_inputs(job)) and len(job.tasks) > 1 and job.stream.order != "shared",
-        "'{job.method.name}' with '{job.continual.name}' tells old classes from new ones by the task that all sites are "
-        "at, and with stream.order = '{job.stream.order}' each is at its own",
+        "'{job.method.name}' with '{job.continual.name}' tells old classes from new ones by the task that all sites "
+        "are at, and with stream.order = '{job.stream.order}' each is at its own",
     ),
     (
         lambda job: herds(job) and _headless(job),

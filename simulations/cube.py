@@ -29,9 +29,10 @@ from simulations.partition import SitePopulation
 from simulations.report import overview
 from simulations.results import Cell, Comparison, Document, Place, paradigm_name
 from simulations.results import write as write_document
-from simulations.tables import NOTHING, markdown, spread
+from simulations.tables import NOTHING, guarantees, spread
 from simulations.verdicts import together, verdicts
 
+FILES = ("cube.json", "report.html", "job.sha256")  # in the folder of a cube
 PLACES: tuple[Place, ...] = ("centralized", "federated", "isolated")
 
 
@@ -74,11 +75,16 @@ class Cube(Document):
         return self
 
 
-def require_same_sites(jobs: Mapping[str, tuple[Job, SitePopulation]]) -> None:
-    """Raise a ConfigError where two of the jobs do not have the very same examples at the same sites."""
-    (first, (_, sites)), *others = jobs.items()
-    for name, (_, found) in others:
-        if found.partition.hash != sites.partition.hash or found.test != sites.test:
+def require_same_sites(jobs: Mapping[str, tuple[SitePopulation, Path]]) -> None:
+    """Raise a ConfigError where two of the jobs do not have the very same examples at the same sites.
+
+    Args:
+        jobs: name -> its sites, and the file or folder that its data are read from.
+    """
+    (first, (sites, source)), *others = jobs.items()
+    held = _held(sites)
+    for name, (found, path) in others:
+        if (_held(found), found.test, path) != (held, sites.test, source):
             raise ConfigError(
                 f"'{name}' has other examples, or has them at other sites, than '{first}', and nothing could be "
                 "compared",
@@ -86,9 +92,14 @@ def require_same_sites(jobs: Mapping[str, tuple[Job, SitePopulation]]) -> None:
             )
 
 
+def _held(sites: SitePopulation) -> dict[str, list[str]]:
+    """The names of each site's examples."""
+    return {site: sorted(sites.store.names[i] for i in rows) for site, rows in sites.partition.rows.items()}
+
+
 def table(cube: Cube) -> tuple[list[str], list[list[str]]]:
     """Head and rows: the headline on all sites' tests by job, time and place, mean and sd over seeds."""
-    head = ["job", "labels", "metric", "time", *PLACES, "samples"]
+    head = ["job", "time", *PLACES, "labels", "metric", "samples"]
     rows = []
     for entry in cube.entries:
         c = entry.comparison
@@ -100,7 +111,7 @@ def table(cube: Cube) -> tuple[list[str], list[list[str]]]:
                 name += f"; {', '.join(entry.at_once)} at once"
             reached = [_reached(c, cells.get(place)) for place in PLACES]
             shown = " to ".join(f"{count:,}" for count in sorted({min(samples), max(samples)})) if samples else NOTHING
-            rows.append([entry.name, entry.labels, c.headline.title(c.metric), name, *reached, shown])
+            rows.append([entry.name, name, *reached, entry.labels, c.headline.title(c.metric), shown])
     return head, rows
 
 
@@ -113,12 +124,13 @@ def says(cube: Cube) -> list[str]:
             continue
         a, b = entry.comparison, first.comparison
         for time in dict.fromkeys(cell.time for cell in a.cells):
-            pairs = [
-                (f"{cell.place} ({cell.method})" if cell.method not in ("", "finetune") else cell.place, cell, other)
-                for cell in a.cells
-                if cell.time == time and cell.error is None and (other := b.cell(cell.place, time, cell.method))
-            ]
-            whole = [f"{e.name}: {', '.join(e.at_once)} at once" for e in (entry, first) if e.at_once]
+            own = len(a.methods) == len(b.methods) == 1  # each with its own continual method
+            pairs = []
+            for cell in a.cells:
+                other = b.cell(cell.place, time, None if own else cell.method)
+                if cell.time == time and cell.error is None and other:
+                    pairs.append((_pair_name(cell, other), cell, other))
+            whole = [f"{', '.join(e.at_once)} of {e.name} at once" for e in (entry, first) if e.at_once]
             aside = f" ({'; '.join(whole)})" if time == "continual" and whole else ""
             said += together(a, f"{time.capitalize()}, {entry.name} against {first.name}{aside}", pairs)
     return said
@@ -127,7 +139,7 @@ def says(cube: Cube) -> list[str]:
 def for_terminal(cube: Cube, width: int = 120) -> list[Table]:
     """The table for a terminal; below 120 columns what was reached and how apart."""
     head, rows = table(cube)
-    cuts = [range(len(head))] if width >= 120 else [(0, 3, 4, 5, 6), (0, 3, 1, 2, 7)]
+    cuts = [range(len(head))] if width >= 120 else [(0, 1, 2, 3, 4), (0, 1, 5, 6, 7)]
     found = []
     for number, columns in enumerate(cuts):
         shown = Table(title=None if number else Text(cube.title), title_justify="left")
@@ -139,11 +151,6 @@ def for_terminal(cube: Cube, width: int = 120) -> list[Table]:
     return found
 
 
-def as_markdown(cube: Cube) -> str:
-    """The table for a README."""
-    return markdown(*table(cube))
-
-
 def write(cube: Cube, path: Path) -> Path:
     """Write the page and return its path; raises RunError where that cannot be."""
     jobs = [
@@ -151,6 +158,7 @@ def write(cube: Cube, path: Path) -> Path:
             "name": entry.name,
             "labels": entry.labels,
             "verdicts": [sentence.split(": ", 1) for sentence in verdicts(entry.comparison)],
+            "privacy": guarantees(entry.comparison),
             "overview": overview(entry.comparison, f"job{i}-"),
             "metric": entry.comparison.metric,
             "hash": entry.comparison.job_hash,
@@ -165,6 +173,7 @@ def write(cube: Cube, path: Path) -> Path:
         "table": table(cube),
         "jobs": jobs,
         "first": first,
+        "pooled": any(cell.place == "centralized" for entry in cube.entries for cell in entry.comparison.cells),
     }
     return pages.write("cube.html.j2", view, path, "the report")
 
@@ -190,13 +199,28 @@ def _reached(c: Comparison, cell: Cell | None) -> str:
     return spread(cell.all_sites, c.headline) if cell.error is None else "failed"
 
 
+def _pair_name(cell: Cell, other: Cell) -> str:
+    methods = dict.fromkeys(one.method for one in (cell, other) if one.method)
+    plain = list(methods) in ([], ["finetune"])
+    return cell.place if plain else f"{cell.place} ({' against '.join(methods)})"
+
+
 def _same_measure(a: Comparison, b: Comparison) -> bool:
-    return (a.metric, a.labels, a.headline) == (b.metric, b.labels, b.headline)
+    return (a.metric, a.labels, a.headline, _measured(a)) == (b.metric, b.labels, b.headline, _measured(b))
+
+
+def _measured(c: Comparison) -> dict[str, Any]:
+    """The task that is measured, the last stage's, without what concerns its training and its data alone."""
+    stages = c.job.get("stages") or [{}]
+    task = {**(stages[-1].get("task") or c.job.get("task", {}))}
+    return {key: value for key, value in task.items() if key not in ("aliases", "class_weights", "label_smoothing")}
 
 
 def names(jobs: Sequence[Job]) -> list[str]:
-    """The jobs' names; raises a ConfigError where two have the same, for their folders would be one."""
+    """The jobs' names, which their folders get; raises a ConfigError where one cannot be, or two are the same."""
     found = [job.name for job in jobs]
+    if taken := next((name for name in found if len(jobs) > 1 and name in FILES), ""):
+        raise ConfigError(f"a job is called '{taken}', as a file of the comparison is", hint="Give it another name")
     if twice := next((name for name in found if found.count(name) > 1), ""):
         raise ConfigError(f"two of the jobs are called '{twice}'", hint="Give one of them another name")
     return found

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Literal
 
 from simulations.results import Cell, Comparison
-from simulations.statistics import Summary, bootstrap, paired
+from simulations.statistics import Summary, crossed, paired
 
 Claim = Literal["gains", "loses", "open"]
 
@@ -32,10 +32,8 @@ class Gain:
 
     @property
     def claim(self) -> Claim:
-        """What its own test says: it `gains` or `loses` where the interval excludes 0, else that is `open`."""
-        if self.own.low is None or self.own.high is None or self.own.low <= 0 <= self.own.high:
-            return "open"
-        return "gains" if self.own.low > 0 else "loses"
+        """What its own test says: it `gains` or `loses` where that may be claimed, else it is `open`."""
+        return "open" if not self.own.claims else "gains" if self.own.mean > 0 else "loses"
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def joinings(c: Comparison) -> list[Joining]:
             for site in c.sites
         ]
         rows = [[sign * (a - b) for a, b in zip(joined.per_site[s], alone.per_site[s], strict=True)] for s in c.sites]
-        spread = bootstrap(rows) if len(c.seeds) > 1 else None
+        spread = crossed(rows) if len(c.seeds) > 1 else None
         found.append(Joining(joined.name.partition(", ")[2], alone, joined, gains, spread))
     return found
 

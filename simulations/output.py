@@ -16,13 +16,25 @@ if TYPE_CHECKING:
 
 def leave(comparison: Comparison, folder: Path, as_json: bool) -> None:
     """Write comparison and report, show the table."""
-    from rich.console import Console
+    write_files(comparison, folder)
+    show(comparison, folder, as_json)
 
-    from simulations import report, results, tables
-    from simulations.verdicts import verdicts
+
+def write_files(comparison: Comparison, folder: Path) -> None:
+    """`comparison.json` and `report.html`."""
+    from simulations import report, results
 
     results.save(comparison, folder / "comparison.json")
-    page = report.write(comparison, folder / "report.html")
+    report.write(comparison, folder / "report.html")
+
+
+def show(comparison: Comparison, folder: Path, as_json: bool) -> None:
+    """The tables and sentences of a comparison whose files lie in the folder."""
+    from rich.console import Console
+
+    from simulations import tables
+    from simulations.verdicts import verdicts
+
     if as_json:
         typer.echo(comparison.model_dump_json())
         return
@@ -31,7 +43,7 @@ def leave(comparison: Comparison, folder: Path, as_json: bool) -> None:
         console.print(table)
     for line in (*tables.guarantees(comparison), *verdicts(comparison)):
         console.print(line)
-    typer.echo(f"report {page}")
+    typer.echo(f"report {folder / 'report.html'}")
 
 
 def say(job: Job, skipped: Sequence[str]) -> None:
@@ -68,10 +80,10 @@ def run_folder(out: Path | None, name: str, job: str = "") -> Path:
 
 
 def leave_cube(found: Mapping[str, tuple[Job, Comparison]], folder: Path, as_json: bool) -> None:
-    """The same for several jobs: each in its sub-folder, and what they say together."""
+    """What several jobs say together; each has its own files in its sub-folder already."""
     from rich.console import Console
 
-    from simulations import cube, report, results
+    from simulations import cube, tables
 
     one = next(comparison for _, comparison in found.values())
     made = cube.Cube(
@@ -81,9 +93,6 @@ def leave_cube(found: Mapping[str, tuple[Job, Comparison]], folder: Path, as_jso
         command=one.command,
         entries=[cube.Entry.of(job, comparison) for job, comparison in found.values()],
     )
-    for name, (_, comparison) in found.items():
-        results.save(comparison, folder / name / "comparison.json")
-        report.write(comparison, folder / name / "report.html")
     cube.save(made, folder / "cube.json")
     page = cube.write(made, folder / "report.html")
     if as_json:
@@ -92,6 +101,7 @@ def leave_cube(found: Mapping[str, tuple[Job, Comparison]], folder: Path, as_jso
     console = Console()
     for table in cube.for_terminal(made, console.width):
         console.print(table)
-    for line in cube.says(made):
+    said = [f"{name}: {line}" for name, (_, c) in found.items() for line in tables.guarantees(c)]
+    for line in (*cube.says(made), *said):
         console.print(line)
     typer.echo(f"report {page}")

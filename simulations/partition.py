@@ -125,14 +125,16 @@ class SitePopulation:
         self.test = test
         self.names: Sequence[str] = list(partition.rows)
         self._splits: dict[str, Splits] = {}
+        self._digests: dict[bool, str] = {}
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the examples: names, inputs and targets."""
-        found = hashlib.sha256("\x1f".join(self.store.names).encode("utf-8", "surrogateescape"))
-        for tensor in (self.store.x, self.store.y):
-            found.update(tensor.contiguous().numpy().tobytes())
-        return found.hexdigest()
+    def digest(self, targets: bool = True) -> str:
+        """SHA-256 of the examples: names, inputs and, with `targets`, what is wanted of them."""
+        if targets not in self._digests:
+            found = hashlib.sha256("\x1f".join(self.store.names).encode("utf-8", "surrogateescape"))
+            for tensor in (self.store.x, self.store.y)[: 2 if targets else 1]:
+                found.update(tensor.contiguous().numpy().tobytes())
+            self._digests[targets] = found.hexdigest()
+        return self._digests[targets]
 
     def splits(self, name: str) -> Splits:
         """One site's train, validation and test parts; raises DataError, which names the site, where one is empty."""

@@ -26,6 +26,7 @@ from server.outcome import Totals
 from shared_models.errors import FedzooError, RunError
 from shared_models.files import write_whole
 from shared_models.job import Job
+from shared_models.tasks.base import make_task
 from simulations.paradigms import Result, Setting
 from simulations.paradigms import paradigms as places
 from simulations.partition import SitePopulation
@@ -77,12 +78,12 @@ class Run:
         Raises:
             FedzooError: it failed, or the folder holds a finished run of another job or of other data.
         """
-        place = folder / self.name if folder else None
+        place, last = folder / self.name if folder else None, self.job.steps[-1]
         identity = {
             "job": self.job.hash,
             "simulation": self.job.simulation.model_dump(mode="json"),
             "sites": sites.partition.hash,
-            "data": sites.digest,
+            "data": sites.digest(last.cuts_labels or make_task(last).target != "none"),
         }
         found = _found(place, identity) if place else None
         if found is not None:

@@ -178,7 +178,8 @@ def site_table(c: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def gain_table(c: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: what joining brings each site on its own test, with the interval over seeds; then their mean.
+    """Head and rows: what joining brings each site on its own test, with the interval over seeds; then their mean,
+    with the interval over sites and seeds.
 
     A column for each time and continual method that was run both federated and isolated; nothing where none was.
     """

@@ -8,7 +8,7 @@ from typing import Any
 from simulations.joining import Claim, Joining, joinings
 from simulations.measures import Measure
 from simulations.results import Cell, Comparison, Place, Time, parse
-from simulations.statistics import Matrix, forgetting, paired, summarize
+from simulations.statistics import TIE, Matrix, forgetting, paired, summarize
 
 CLAIMS: tuple[Claim, ...] = ("gains", "loses", "open")
 NAMED = 6  # sites that a sentence names
@@ -71,7 +71,7 @@ def _joined(c: Comparison, j: Joining) -> str:
         f"by joining, on their own tests, {first}, {len(loses)} {'loses' if len(loses) == 1 else 'lose'}"
         f"{named(loses)}, and for {len(unsettled)} nothing can be "
         f"claimed{named(unsettled)} (95 % intervals, {len(c.seeds)} seeds). Mean gain {m.figure(j.mean)} {what}, "
-        f"{m.figure(low)} to {m.figure(high)} with other sites and seeds drawn (95 % bootstrap)."
+        f"{m.figure(low)} to {m.figure(high)} for such sites and seeds (95 % interval over both)."
     )
 
 
@@ -120,7 +120,7 @@ def together(c: Comparison, what: str, pairs: Sequence[tuple[str, Cell, Cell]]) 
             open_.append(f"{method} {measure.figure(d.mean)}")
         else:
             shown = f"{method} {measure.figure(d.mean)} ({measure.figure(d.low)} to {measure.figure(d.high)})"
-            (open_ if d.low <= 0 <= d.high else claimed).append(shown)
+            (claimed if d.claims else open_).append(shown)
     lower = f"; {measure.lower}" if measure.lower else ""
     unit = f"all sites' tests, {measure.step(c.metric)}"
     if seeds == 1:
@@ -147,11 +147,12 @@ def _against(c: Comparison, a: Cell, b: Cell, own: bool = False) -> str:
             f"{left} measured {measure.figure(abs(d.mean))} {unit} {side} {right} on {where}{lower}, with one seed: "
             f"there is no interval and no difference can be claimed.{unequal}"
         )
-    if d.low <= 0 <= d.high:
+    if not d.claims:
         lower = f"; {measure.lower}" if measure.lower else ""
+        tie = " The seeds tie, which is no spread to judge by." if d.high - d.low <= TIE and d.mean else ""
         return (
             f"no difference between {left} and {right} can be claimed on {where}: {measure.figure(d.mean)} {unit} "
-            f"({_interval(measure, d.low, d.high)}, {d.n} seeds{lower}).{unequal}"
+            f"({_interval(measure, d.low, d.high)}, {d.n} seeds{lower}).{tie}{unequal}"
         )
     low, high = sorted((abs(d.low), abs(d.high)))
     return (

@@ -6,6 +6,7 @@ import math
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy.stats import t as student
 
@@ -14,7 +15,7 @@ from simulations.joining import joinings, worst
 from simulations.leaving import left_sites
 from simulations.report import write
 from simulations.results import parse
-from simulations.statistics import bootstrap
+from simulations.statistics import crossed, summarize
 from simulations.tables import gain_table, site_table
 from simulations.verdicts import verdicts
 
@@ -108,20 +109,43 @@ def test_the_worst_site_is_the_one_with_the_largest_loss_where_less_is_better() 
     assert worst(c.cells[0], larger=False) == ("b", JOINED["b"])
 
 
-def test_the_bootstrap_has_the_spread_of_sites_and_seeds() -> None:
-    """Sites that differ and seeds that do not: the mean of K draws of the sites, with variance s^2 (K - 1) / K / K."""
-    sites = [0.1 * i for i in range(30)]
-    low, high = bootstrap([[value] * 4 for value in sites])
-    sd = math.sqrt(stdev(sites) ** 2 * 29 / 30 / 30)
-    assert (low, high) == (
-        pytest.approx(fmean(sites) - 1.96 * sd, abs=0.03),
-        pytest.approx(fmean(sites) + 1.96 * sd, abs=0.03),
-    )
-    assert bootstrap([[value] * 4 for value in sites]) == (low, high)  # no other draw
-    turned = bootstrap([sites, sites])  # seeds that differ and sites that do not
-    assert turned == (pytest.approx(low, abs=0.03), pytest.approx(high, abs=0.03))
+def test_the_interval_over_sites_and_seeds_by_hand() -> None:
+    """Rows' means 2, 4, 9 and columns' means 4, 6: the variances of both over their numbers, and t with one degree."""
+    low, high = crossed([[1.0, 3.0], [3.0, 5.0], [8.0, 10.0]])
+    half = 12.706204736432095 * math.sqrt(13 / 3 + 2 / 2)  # t(0.975, 1) from a printed table
+    assert (low, high) == (pytest.approx(5 - half), pytest.approx(5 + half))
     with pytest.raises(ValueError, match="two rows and two columns"):
-        bootstrap([[0.1, 0.2]])
+        crossed([[0.1, 0.2]])
+
+
+@pytest.mark.parametrize(
+    ("sites", "seeds", "between", "within"), [(3, 3, 1.0, 0.2), (4, 3, 0.5, 0.5), (30, 3, 0.0, 1.0)]
+)
+def test_the_interval_covers_the_truth_also_with_few_sites_and_seeds(
+    sites: int, seeds: int, between: float, within: float
+) -> None:
+    source, hits, runs = np.random.default_rng(0), 0, 1000
+    for _ in range(runs):
+        table = between * source.normal(size=(sites, 1)) + within * source.normal(size=(1, seeds))
+        low, high = crossed((table + 0.3 * source.normal(size=(sites, seeds))).tolist())
+        hits += low <= 0 <= high
+    assert hits / runs > 0.93  # 0.95 but for chance: three standard errors of 1,000 are 0.02
+
+
+def test_seeds_that_tie_claim_nothing() -> None:
+    """On a small test all seeds may differ by one example, the same one; then there is no spread to judge by."""
+    tied = summarize([2 / 15, 2 / 15, 2 / 15])
+    assert not tied.claims
+    assert summarize([0.13, 0.14, 0.15]).claims
+    everywhere = {site: [0.5, 0.5, 0.5] for site in ALONE}
+    joined = {**ALONE, "a": [value + 0.1 for value in ALONE["a"]]}
+    c = comparison(cell("federated", joined, everywhere), cell("isolated", ALONE, everywhere))
+    assert joinings(c)[0].gains[0].claim == "open"
+    assert (
+        "no difference between federated and isolated can be claimed on the sites' own tests: 3.3 points"
+        in " ".join(verdicts(c))
+    )
+    assert "The seeds tie" in " ".join(verdicts(c))
 
 
 @pytest.mark.parametrize(

@@ -178,32 +178,59 @@ def test_jobs_with_one_measure_are_held_against_the_first_of_them(tmp_path: Path
     three = made(
         ("given", "supervised", found("given", [0.50, 0.52])),
         ("errors", "unsupervised", found("errors", [0.9, 0.9], "auroc")),
-        ("turned", "self-supervised", found("turned", [0.60, 0.62])),
+        ("turned", "self-supervised", found("turned", [0.60, 0.63])),
     )
     head, rows = cube.table(three)
-    assert head == ["job", "labels", "metric", "time", "centralized", "federated", "isolated", "samples"]
-    assert rows[0] == ["given", "supervised", "accuracy %", "offline", "51.0 ± 1.4", "51.0 ± 1.4", "failed", "1,200"]
-    assert rows[1][2] == "auroc %"
+    assert head == ["job", "time", "centralized", "federated", "isolated", "labels", "metric", "samples"]
+    assert rows[0] == ["given", "offline", "51.0 ± 1.4", "51.0 ± 1.4", "failed", "supervised", "accuracy %", "1,200"]
+    assert rows[1][6] == "auroc %"
     (said,) = cube.says(three)
     assert said == (
         "Offline, turned against given on all sites' tests, points (95 % intervals, 2 seeds): "
-        "centralized 10.0 (10.0 to 10.0), federated 10.0 (10.0 to 10.0)."
+        "centralized 10.5 (4.1 to 16.9), federated 10.5 (4.1 to 16.9)."
     )
     assert cube.load(cube.save(three, tmp_path / "cube.json")) == three
     page = cube.write(three, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "turned against given" in page
     ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
-    assert "failed" in cube.as_markdown(three)
+    assert "failed" in page
+
+
+def test_only_what_measures_the_same_is_held_against_it() -> None:
+    """Four turns told apart are no digits told apart, whatever the labels that are listed."""
+    digits, turns = found("given", [0.50, 0.52, 0.53]), found("turned", [0.60, 0.63, 0.66])
+    for c, kind in ((digits, "classification"), (turns, "rotation")):
+        c.job["task"] = {"name": kind, "labels": ["x"]}
+    assert cube.says(made(("given", "supervised", digits), ("turned", "self-supervised", turns))) == []
+    probe = {"name": "probe", "task": {"name": "classification", "labels": ["x"], "class_weights": [2.0]}}
+    turns.job["stages"] = [{"name": "turned", "task": {"name": "rotation"}}, probe]
+    assert len(cube.says(made(("given", "supervised", digits), ("turned", "self-supervised", turns)))) == 1
+
+
+def test_each_job_s_own_continual_method_is_compared(tmp_path: Path) -> None:
+    one, two = found("er", [0.5, 0.52, 0.53]), found("der", [0.6, 0.63, 0.66])
+    moved = [
+        c.model_copy(update={"cells": [cell.model_copy(update={"time": "continual", "method": m}) for cell in c.cells]})
+        for c, m in ((one, "er"), (two, "der"))
+    ]
+    (said,) = cube.says(made(("a", "supervised", moved[0]), ("b", "supervised", moved[1])))
+    assert said.startswith("Continual, b against a on all sites' tests")
+    assert "federated (der against er) 11.3" in said
 
 
 def test_jobs_on_other_sites_or_of_one_name_are_refused(make_job: Any, tmp_path: Path) -> None:
     job, sites = digits(make_job)
     other, moved = digits(make_job, name="other")
-    cube.require_same_sites({"a": (job, sites), "b": (other, moved)})
+    here = Path("a")
+    cube.require_same_sites({"a": (sites, here), other.name: (moved, here)})
     far = make_job(simulation={**SIMULATION, "seed": 7})
     with pytest.raises(ConfigError, match="'b' has other examples, or has them at other sites, than 'a'"):
-        cube.require_same_sites({"a": (job, sites), "b": (far, compare.make_sites(far, Path()))})
+        cube.require_same_sites({"a": (sites, here), "b": (compare.make_sites(far, Path()), here)})
+    with pytest.raises(ConfigError, match="'b' has other examples"):  # of the same names, in another file
+        cube.require_same_sites({"a": (sites, here), "b": (moved, Path("b"))})
+    with pytest.raises(ConfigError, match=r"is called 'cube\.json', as a file of the comparison is"):
+        cube.names([job, job.replace(name="cube.json")])
     with pytest.raises(ConfigError, match="two of the jobs are called 'test'"):
         cube.names([job, job])
     with pytest.raises(ValueError, match="has other sites or seeds"):
@@ -248,3 +275,38 @@ def test_a_stopped_cube_goes_on_and_ends_with_the_same_table(
     assert [e["at_once"] for e in again["entries"]] == [[], ["probe"]]
     command("report", str(begun))
     assert "continual; probe at once" in (begun / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_job_of_which_nothing_can_be_carried_out_takes_no_other_with_it(
+    make_job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    anomaly = {"name": "anomaly", "labels": LABELS, "anomalous": ["0", "1"]}  # nothing normal in task 0
+    parts: dict[str, Any] = {
+        "sound": {"model": {"name": "cnn"}},
+        "wrong": {"model": {"name": "autoencoder"}, "task": anomaly},
+    }
+    shared: dict[str, Any] = {"simulation": SIMULATION, "stream": {"tasks": 5}, "federation": {"rounds": 5}}
+    files = []
+    for name, part in parts.items():
+        job = make_job(name=name, train={"optimizer": "adamw", "lr": 0.003}, **shared, **part)
+        files.append(tmp_path / f"{name}.toml")
+        files[-1].write_text(job.to_toml())
+    words = ["compare", *map(str, files), "--place", "federated", "--time", "continual", "--seeds", "1"]
+    with pytest.raises(SystemExit) as end:
+        fedzoo.main([*words, "--out", str(tmp_path / "out")])
+    assert end.value.code == 1
+    said = "error: job 'wrong': the headline 'auroc' is no finite number on the tests of task 0"
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "out" / "sound" / "report.html").exists()
+
+
+def test_offline_runs_are_found_when_a_stream_is_added(make_job: Any, tmp_path: Path) -> None:
+    """To tell the tasks apart the labels of a pretext are read, and an offline run has none to do with."""
+    job = make_job(model={"name": "cnn"}, task={"name": "rotation", "labels": LABELS}, stream={"tasks": 2},
+                   simulation=SIMULATION)  # fmt: skip
+    offline: Any = [("federated", "offline")]
+    first = compare.compare(job, compare.make_sites(job, Path()), paradigms=offline, seeds=(0,), folder=tmp_path)
+    labelled = compare.make_sites(job.replace(time="continual"), Path())
+    both = compare.compare(job, labelled, paradigms=[*offline, ("federated", "continual")], seeds=(0,), folder=tmp_path)
+    assert [cell.error for cell in both.cells] == [None, None]
+    assert both.cells[0].seconds == first.cells[0].seconds  # found, not made again
