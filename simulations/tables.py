@@ -20,6 +20,7 @@ Given = Comparison | Mapping[str, Any]
 NOTHING = "–"
 METRIC_LIMIT = 14
 PARADIGM_LIMIT = 8  # columns of paradigms in a table
+TURNED = 3  # columns of paradigms that a narrow terminal has room for
 SITE_LIMIT = 24  # more sites than this would make a page unreadable; it says how many it leaves out
 SIMULATED = (
     "the noise of this simulation comes from the job's seed, so that it can be repeated: it shows what privacy costs "
@@ -44,7 +45,11 @@ def for_terminal(comparison: Given, width: int = 120) -> list[Table]:
         for cells in rows:
             shown.add_row(*(Text(cells[i]) for i in columns))
         found.append(shown)
-    for head, rows in (metric_table(c), site_table(c), gain_table(c), stream_table(c)):
+    streams = stream_table(c)
+    if width < 120 and 0 < len(streams[1]) <= TURNED:
+        head, *rows = map(list, zip(streams[0], *streams[1], strict=True))
+        streams = head, rows
+    for head, rows in (metric_table(c), site_table(c), gain_table(c), streams):
         shown = Table(title_justify="left")
         for i, name in enumerate(head):
             shown.add_column(Text(name), justify="right" if i else "left", overflow="ellipsis" if i else "fold")

@@ -368,3 +368,10 @@ def test_contrast_meets_wcag_aa_in_light_dark_and_print(written):
         for line in ("centralized", "isolated", "federated", "accent"):
             assert _contrast(colour[line], colour["card"]) >= 3
         assert _contrast(colour["text"], _mix(colour["heat"], colour["card"], share)) >= 4.5
+
+
+def test_a_narrow_terminal_turns_a_table_of_few_streams():
+    c = parse(example(failed=False))
+    wide, narrow = (for_terminal(c, width)[-1] for width in (120, 80))
+    assert [len(table.columns) for table in (wide, narrow)] == [len(stream_table(c)[0]), 3]
+    assert narrow.row_count == len(stream_table(c)[0]) - 1
