@@ -261,9 +261,9 @@ class Coordinator:
     def _end_task(self, task: int, round: int) -> None:
         if any(overrides(piece, "end_task") for piece in make_pieces(self.job)):
             base = self._instruction("end_task", task=task, round=round, groups=self.method.down(self.state))
-            given = end_task(self.executor, base, lambda reply: self._accept(reply, base, self.sums))
+            given, missed = end_task(self.executor, base, lambda reply: self._accept(reply, base, self.sums))
             self.progress.totals.bytes_up += sum(payload_bytes(groups) for groups in given.values())
-            self.means = class_means(given) if self.sums else {}
+            self.means = class_means(given, missed) if self.sums else {}
         row = self._row(round)
         self.progress.matrix.append(row["test"])
         if "known" in row:
