@@ -124,6 +124,14 @@ def test_the_bootstrap_has_the_spread_of_sites_and_seeds() -> None:
         bootstrap([[0.1, 0.2]])
 
 
+ICARL: dict[str, Any] = {
+    "time": "continual",
+    "stream": {"tasks": 2},
+    "continual": {"name": "icarl", "buffer": 20},
+}
+LLOYD: dict[str, Any] = {"model": {"name": "kmeans"}, "task": {"name": "clustering"}}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -138,6 +146,25 @@ def test_the_bootstrap_has_the_spread_of_sites_and_seeds() -> None:
             "trained weights, 2.50 MB, each with its share of the noise",
         ),
         ({"privacy": {"mode": "sample", "noise": 1.0}}, "trained weights, 2.50 MB, trained with noise"),
+        ({"privacy": {"mode": "sample", "epsilon": 3.0}}, "trained weights, 2.50 MB, trained with noise"),
+        ({"privacy": {"mode": "sample", "noise": 0.0}}, "trained weights, 2.50 MB"),
+        (
+            {"privacy": {"mode": "client", "noise": 0.0}, "method": {"name": "fedavg", "weighting": "uniform"}},
+            "trained weights, 2.50 MB",
+        ),
+        (ICARL, "trained weights and sums of exemplars' features, 2.50 MB"),
+        ({**ICARL, "time": "offline"}, "trained weights, 2.50 MB"),
+        ({**ICARL, "place": "isolated"}, "nothing"),
+        ({**ICARL, "place": "centralized"}, "all training examples, 2.50 MB"),
+        (
+            {**ICARL, "data": {"normalise_by": "sites"}},
+            "trained weights, sums of the inputs by channel and sums of exemplars' features, 2.50 MB",
+        ),
+        ({**LLOYD, "method": {"name": "lloyd"}}, "sums over examples, 2.50 MB"),
+        (
+            {**LLOYD, "stages": [{"name": "found", "method": {"name": "lloyd"}}, {"name": "tuned"}]},
+            "sums over examples and trained weights, 2.50 MB",
+        ),
     ],
 )
 def test_what_left_the_sites(make_job: Any, changes: dict[str, Any], said: str) -> None:
