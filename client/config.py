@@ -59,7 +59,8 @@ class PolicyPart(Part):
     Attributes:
         approve: hashes of the jobs this site has agreed to, 64 hex digits each.
         approve_all: agree to every job of this server.
-        statistics: give sums of the training examples for normalisation, where an approved job wants them.
+        statistics: give sums over the training examples (for normalisation; of `icarl`, `lloyd` and `pca`), where an
+            approved job wants them.
     """
 
     approve: tuple[JobHash, ...] = ()

@@ -12,6 +12,7 @@ from shared_models.files import write_whole
 from shared_models.job import Job
 from shared_models.messages import Instruction
 from shared_models.schedule import round_budget, task_of
+from shared_models.sent import sent
 
 MAX_REQUESTS = 100
 Required = Literal["none", "sample", "client", "any"]
@@ -27,7 +28,8 @@ class Policy:
         as_written: refuse work that the job does not say: another budget, round or task. A node's choice; the
             simulator's baselines share a budget out in other ways.
         later: asked for more approved hashes when a job is not approved yet, so that a site can approve while it runs.
-        statistics: whether the site gives sums of its training examples for normalisation, where a job wants them.
+        statistics: whether the site gives sums over its training examples, where a job wants them. If not, it refuses
+            jobs that rest on such sums; where they only normalise, it trains by what other sites measured.
         privacy: which jobs the site takes: `none`, any; `sample` or `client`, those of that privacy mode; `any`, those
             of either. It holds for approved jobs too.
 
@@ -79,8 +81,8 @@ class Policy:
                     code="not-named",
                 )
             self._require_privacy(job)
-            if instruction.kind == "statistics" and not self.statistics:
-                raise PolicyError("this site gives no statistics ([policy] in client.toml)", code="no-statistics")
+            if not self.statistics:
+                _require_no_sums(instruction)
             return
         if self.requests is not None:
             self._keep_request(job)
@@ -105,6 +107,19 @@ class Policy:
         path = self.requests / f"{job.hash}.toml"
         if not path.exists() and len(list(self.requests.glob("*.toml"))) < MAX_REQUESTS:
             write_whole(path, job.to_toml())
+
+
+def _require_no_sums(instruction: Instruction) -> None:
+    job = instruction.job.whole
+    asked: list[str] = [kind for kind in sent(job) if kind in ("sums over examples", "sums of exemplars' features")]
+    if instruction.kind == "statistics":
+        asked.append("sums of the inputs by channel")
+    if asked:
+        raise PolicyError(
+            f"job '{job.name}' asks for sums that this site does not give: {' and '.join(asked)}",
+            hint="It is statistics = false in [policy] of client.toml",
+            code="no-statistics",
+        )
 
 
 def _guarantee(job: Job) -> str:

@@ -141,6 +141,7 @@ class Coordinator:
                 f"{len(given)} of {len(population)} sites gave statistics, {part.min_sites} needed",
                 hint="The events of the run name the codes; numbers in data.mean and data.std need no site",
             )
+        self.progress.totals.bytes_up += payload_bytes(given)
         self.statistics = merge(given[site] for site in sorted(given))
         self.events.emit("statistics", sites=sorted(given), **self._numbers())
         self._checkpoint()
@@ -200,6 +201,7 @@ class Coordinator:
                 "halvings": reply.halvings,
             }
             totals.bytes_up += payload_bytes({**reply.groups, "metrics": reply.metrics})
+            totals.bytes_metrics += payload_bytes({"metrics": reply.metrics})
             validation.append(replace(reply, groups={}))
         if len(rows) < min(part.min_sites, len(cohort)):
             reasons = ", ".join(f"{site} {code}" for site, code in sorted(refused.items()))
@@ -261,9 +263,9 @@ class Coordinator:
     def _end_task(self, task: int, round: int) -> None:
         if any(overrides(piece, "end_task") for piece in make_pieces(self.job)):
             base = self._instruction("end_task", task=task, round=round, groups=self.method.down(self.state))
-            given = end_task(self.executor, base, lambda reply: self._accept(reply, base, self.sums))
+            given, missed = end_task(self.executor, base, lambda reply: self._accept(reply, base, self.sums))
             self.progress.totals.bytes_up += sum(payload_bytes(groups) for groups in given.values())
-            self.means = class_means(given) if self.sums else {}
+            self.means = class_means(given, missed) if self.sums else {}
         row = self._row(round)
         self.progress.matrix.append(row["test"])
         if "known" in row:

@@ -13,8 +13,8 @@ from torch import Tensor
 class Totals:
     """What a run cost.
 
-    Bytes: tensors of the training rounds, and what sites give when a task ends. Sequential steps add each round's
-    slowest site.
+    Bytes: tensors of the training rounds, sums for normalisation, and what sites give when a task ends; those of
+    metric sums are also told apart. Sequential steps add each round's slowest site.
     """
 
     rounds: int = 0
@@ -23,6 +23,7 @@ class Totals:
     optimizer_resets: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    bytes_metrics: int = 0  # of those that went up
     rejections: int = 0
     seconds: float = 0.0
 

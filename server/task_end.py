@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -17,7 +17,9 @@ ATTEMPTS = 3
 PASSING = ("lost", "timeout", "flower-error-5", "flower-error-8")  # of the network or a process, not of the answer
 
 
-def end_task(executor: Executor, base: Instruction, accept: Callable[[Contribution], bool]) -> dict[str, Groups]:
+def end_task(
+    executor: Executor, base: Instruction, accept: Callable[[Contribution], bool]
+) -> tuple[dict[str, Groups], set[str]]:
     """Ask everyone, those who were lost again once they are back.
 
     Args:
@@ -26,9 +28,9 @@ def end_task(executor: Executor, base: Instruction, accept: Callable[[Contributi
         accept: whether an answer is sound.
 
     Returns:
-        Site -> the groups of its answer, of those who were accepted.
+        Site -> the groups of its answer, of those who were accepted; and the sites whose answer was lost or rejected.
     """
-    part, given = base.job.federation, {}
+    part, given, missed = base.job.federation, {}, set()
     asked = list(executor.population(part.min_sites, part.wait))
     for _ in range(ATTEMPTS):
         lost = []
@@ -37,19 +39,21 @@ def end_task(executor: Executor, base: Instruction, accept: Callable[[Contributi
                 given[reply.site] = reply.groups
             elif reply.code in PASSING:
                 lost.append(reply.site)
+            elif reply.code != "no-data":
+                missed.add(reply.site)
         asked = lost
         if not asked:
             break
         executor.population(part.min_sites, part.wait)  # until they are back
-    return given
+    return given, missed | set(asked)
 
 
-def class_means(given: Mapping[str, Groups]) -> dict[str, Tensor]:
-    """The means of all sites' exemplars, whatever the order of the answers.
+def class_means(given: Mapping[str, Groups], missed: Collection[str]) -> dict[str, Tensor]:
+    """The means of all sites' exemplars, whatever the order of the answers; none where no site holds an exemplar yet.
 
     Raises:
-        RunError: no site gave any.
+        RunError: no site gave any, and some that were `missed` might have.
     """
-    if not given:
+    if not given and missed:
         raise RunError("no site gave the sums of its exemplars", hint="The events of the run name the codes")
-    return merge(given[site][SUMS] for site in sorted(given))
+    return merge(given[site][SUMS] for site in sorted(given)) if given else {}

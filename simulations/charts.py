@@ -156,7 +156,7 @@ def bars(
         title: what is drawn, for a screen reader too.
         rows: from top to bottom; values in the axis' unit.
         axis: from end to end.
-        whiskers: what they are.
+        whiskers: what they are, for a screen reader; said where there are any.
     """
     left = min(200, max(144, *(_width(bar.label) + 6 for bar in rows)))
     right, step = axis.room + 12, 25
@@ -193,7 +193,8 @@ def bars(
         out.append(Markup('<text class="value" x="{}" y="{}">{}</text>').format(WIDTH - right + 12, y + 13, bar.text))
     said = "; ".join(f"{bar.label}: {bar.text}" for bar in rows)
     unit = "Percent, mean" if axis.unit == "%" else f"In {axis.unit}, mean" if axis.unit else "Mean"
-    return svg(key, title, f"{unit} and {whiskers}. {said}.", height, out)
+    spread = f" and {whiskers}" if any(bar.sd is not None for bar in rows) else ""
+    return svg(key, title, f"{unit}{spread}. {said}.", height, out)
 
 
 def stacks(key: str, title: str, rows: Sequence[Stack], segments: Sequence[str], colours: Sequence[str]) -> Markup:

@@ -270,7 +270,7 @@ def _cell(run: Run, results: Sequence[Result], error: str | None, sites: int) ->
     kept = run.job.continual.keys.get("buffer", 0) if run.method else 0
     first = results[0]
     totals: Totals = first.totals
-    counted = {k: v for k, v in asdict(totals).items() if k not in ("seconds", "rejections")}
+    counted = {k: v for k, v in asdict(totals).items() if k in Budget.model_fields}
     matrices = [[list(row) for row in r.matrix] for r in results if r.matrix]
     return Cell(
         **which,
@@ -288,7 +288,7 @@ def _cell(run: Run, results: Sequence[Result], error: str | None, sites: int) ->
         seconds=[r.totals.seconds for r in results],
         rejections=sum(r.totals.rejections for r in results),
         privacy=Guarantee.of(first.privacy) if first.privacy else None,
-        left=left_sites(run.job, totals.bytes_up),
+        left=left_sites(run.job, totals.bytes_up - totals.bytes_metrics),
     )
 
 

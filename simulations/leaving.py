@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shared_models.job import Job
-from shared_models.methods.base import make_method, overrides
+from shared_models.sent import sent
 
 NOISE = {
     ("sample", "server"): ", trained with noise",
@@ -12,16 +12,18 @@ NOISE = {
 }
 
 
-def left_sites(job: Job, bytes_up: int) -> str:
-    """What of the sites' examples, or made of them, others got to hold in one run.
+def left_sites(job: Job, size: int) -> str:
+    """What of the sites' examples, or made of them, others got to hold in one run, and its size in bytes.
 
-    Counts of examples and steps, and the sums of metrics that every paradigm is measured with, are not named.
+    Counts of examples and steps, and the sums of metrics that every paradigm is measured with, are not named, and not
+    part of the size.
     """
-    amount = f"{bytes_up / 1e6:,.2f} MB"
+    amount = f"{size / 1e6:,.2f} MB"
     if job.place == "isolated":
         return "nothing"
     if job.place == "centralized":
         return f"all training examples, {amount}"
-    solved = any(overrides(make_method(step), "answer") for step in job.steps)
-    kind = "sums over examples" if solved else "trained weights"
-    return f"{kind}, {amount}{NOISE.get((job.privacy.mode, job.privacy.noise_by), '')}"
+    *others, last = sent(job)
+    kinds = f"{', '.join(others)} and {last}" if others else last
+    noise = NOISE.get((job.privacy.mode, job.privacy.noise_by), "") if job.privacy.noise != 0 else ""
+    return f"{kinds}, {amount}{noise}"

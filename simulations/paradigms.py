@@ -188,7 +188,7 @@ def centralized(setting: Setting) -> Result:
     outcome = setting.carry_out([POOLED], budget=budget)
     totals = outcome.totals
     held = (setting.sites.at(step.stage).pooled().train.nbytes for step in setting.job.steps)
-    totals.bytes_up, totals.bytes_down = max(held), 0
+    totals.bytes_up, totals.bytes_metrics, totals.bytes_down = max(held), 0, 0
     return _one_model(setting, outcome, totals)
 
 

@@ -345,7 +345,7 @@ def _of_result(result: Mapping[str, Any], job: Job, folder: Path) -> Comparison:
         seconds=[totals["seconds"]],
         rejections=totals["rejections"],
         privacy=Guarantee.of(result["privacy"]) if result.get("privacy") else None,
-        left=left_sites(job, totals["bytes_up"]),
+        left=left_sites(job, totals["bytes_up"] - totals.get("bytes_metrics", 0)),
     )
     return Comparison(
         title=f"{folder.name}: a federation of {len(per_site)} sites",

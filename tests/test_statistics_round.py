@@ -163,3 +163,11 @@ def test_they_travel_with_the_instruction(job: Job) -> None:
     received = decode_instruction(*encode_instruction(sent))
     assert received.groups == {}
     assert all(torch.equal(received.statistics[n], t) for n, t in sent.statistics.items())
+
+
+def test_the_sums_count_among_the_bytes_that_went_up(job: Job, sites: dict[str, Splits]) -> None:
+    loop = coordinator(job, sites)
+    totals = loop.run().totals
+    weights = sum(t.numel() * 4 for t in loop.state["model"].values())
+    sums = 3 * 3 * 3 * 8  # sites, sums, features, bytes
+    assert totals.bytes_up - totals.bytes_metrics == job.federation.rounds * 3 * weights + sums

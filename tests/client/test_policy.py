@@ -231,3 +231,63 @@ def test_an_unapproved_job_is_not_told_what_the_site_requires(make_job: Callable
     with pytest.raises(PolicyError) as caught:
         Policy(privacy="sample").require(ask(make_job()))
     assert caught.value.code == "not-approved"
+
+
+# ---- jobs that ask for sums over examples ----------------------------------------------------------------------------
+SUMMING = {
+    "icarl": {"time": "continual", "stream": {"tasks": 2}, "continual": {"name": "icarl", "buffer": 20}},
+    "lloyd": {"model": {"name": "kmeans"}, "task": {"name": "clustering"}, "method": {"name": "lloyd"}},
+    "pca": {"model": {"name": "pca"}, "task": {"name": "reconstruction"}, "method": {"name": "pca"}},
+    "a stage of it": {
+        "model": {"name": "kmeans"},
+        "task": {"name": "clustering"},
+        "stages": [{"name": "tuned"}, {"name": "found", "method": {"name": "lloyd"}}],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [(name, "sums over examples") for name in SUMMING if name != "icarl"] + [("icarl", "sums of exemplars' features")],
+)
+def test_a_site_that_gives_no_sums_refuses_jobs_that_ask_for_them(
+    make_job: Callable[..., Job], caplog: pytest.LogCaptureFixture, name: str, asked: str
+) -> None:
+    """However they were approved, from the probe on, and before anything of the data is touched."""
+    job = make_job(**SUMMING[name])
+
+    def touch(*_: object) -> None:
+        raise AssertionError
+
+    for policy in (Policy([job.hash], statistics=False), Policy(approve_all=True, statistics=False)):
+        handler = Handler("a", touch, MemoryState(), policy, touch)  # type: ignore[arg-type]
+        for step in job.steps:
+            for kind in KINDS:
+                assert handler.handle(ask(step, kind)).code == "no-statistics"
+    assert f"job '{job.name}' asks for sums that this site does not give: {asked}" in caplog.text
+    assert "statistics = false in [policy] of client.toml" in caplog.text
+    Policy([job.hash]).require(ask(job, "probe"))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"time": "continual", "stream": {"tasks": 2}, "continual": {"name": "er"}},
+        {"continual": {"name": "icarl", "buffer": 20}},  # offline: no task ends
+        {"model": {"name": "kmeans"}, "task": {"name": "clustering"}},
+    ],
+)
+def test_jobs_that_ask_for_none_are_taken(make_job: Callable[..., Job], parts: dict[str, object]) -> None:
+    for kind in KINDS:
+        Policy(approve_all=True, statistics=False).require(ask(make_job(**parts), kind))
+
+
+def test_of_normalisation_only_the_round_of_sums_is_refused(make_job: Callable[..., Job]) -> None:
+    """The site trains by what the others measured."""
+    policy, job = Policy(approve_all=True, statistics=False), make_job(data={"normalise_by": "sites"})
+    for kind in KINDS:
+        policy.require(ask(job, kind))
+    with pytest.raises(PolicyError) as caught:
+        policy.require(ask(job, "statistics"))
+    assert caught.value.code == "no-statistics"

@@ -175,6 +175,20 @@ def test_a_checkpoint_of_another_job_is_refused(make_job: Maker, sites: dict[str
         run(make_job(seed=1), sites, folder=tmp_path)
 
 
+def test_a_checkpoint_that_knows_fewer_totals_is_resumed(
+    make_job: Maker, sites: dict[str, Splits], tmp_path: Path
+) -> None:
+    coordinator, _ = run(make_job(), sites, folder=tmp_path)
+    path = tmp_path / "checkpoint" / "state.json"
+    facts = json.loads(path.read_text())
+    del facts["progress"]["totals"]["bytes_metrics"]
+    path.write_text(json.dumps(facts))
+    again, heard = run(make_job(), sites, folder=tmp_path)
+    assert "resumed" in [e["event"] for e in heard]
+    assert again.progress.totals.bytes_metrics == 0
+    assert again.progress.totals.bytes_up == coordinator.progress.totals.bytes_up
+
+
 def test_a_finished_run_leaves_what_the_readme_lists(make_job: Maker, sites: dict[str, Splits], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -195,6 +209,7 @@ def test_totals_by_hand(make_job: Maker, sites: dict[str, Splits]) -> None:
     metrics = sum(t.numel() * 8 for t in coordinator.task.zeros.values())
     assert totals.bytes_down == 2 * 5 * size
     assert totals.bytes_up == 2 * 5 * (size + metrics)
+    assert totals.bytes_metrics == 2 * 5 * metrics
     assert next(e for e in heard if e["event"] == "round")["examples"] == counts
 
 

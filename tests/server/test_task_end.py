@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from client.readers.base import Splits
+from client.readers.base import Examples, Splits
 from client.state import DiskState, MemoryState, State
 from client.workbench import Benches
 from server.coordinator import Coordinator
@@ -194,3 +194,59 @@ def test_without_any_sums_the_run_ends_with_the_reason(job: Job, sites: dict[str
 
     with pytest.raises(RunError, match="no site gave the sums of its exemplars"):
         run(job, Watched(sites, mend))
+
+
+@pytest.fixture
+def late(sites: dict[str, Splits]) -> dict[str, Splits]:
+    """The sites without a training example of the first task."""
+    trains = {name: splits.train for name, splits in sites.items()}
+    rows = {name: train.rows[train.store.y[train.rows] >= 5] for name, train in trains.items()}
+    return {name: replace(sites[name], train=Examples(trains[name].store, rows[name])) for name in sites}
+
+
+@pytest.mark.parametrize("names", ["a", "abc"])
+def test_until_a_site_holds_an_exemplar_the_models_outputs_answer(
+    job: Job, late: dict[str, Splits], names: str
+) -> None:
+    engine = Watched({name: late[name] for name in names})
+    outcome, heard, coordinator = run(job, engine)
+    assert not [e for e in heard if e["event"] == "rejected"]
+    asked = len(names)
+    measured = [MEANS in i.groups for i in engine.asked if i.kind == "evaluate"]
+    assert measured == [False] * 2 * asked + [True] * 2 * asked  # untrained, the two tasks, the end
+    assert outcome.matrix[0] == outcome.untrained  # nobody had anything to learn from
+    assert torch.equal(coordinator.means["mean"], merge({"sum": engine.given[s, 1]} for s in names)["mean"])
+
+
+def test_that_one_site_has_none_excuses_no_other(job: Job, sites: dict[str, Splits]) -> None:
+    def mend(reply: Contribution) -> Contribution:
+        return replace(reply, code="exception" if reply.site == "b" else "no-data", groups={}, examples=0)
+
+    with pytest.raises(RunError, match="no site gave the sums of its exemplars"):
+        run(job, Watched(sites, mend))
+
+
+def test_without_means_a_run_is_resumed_to_the_same_bits(job: Job, late: dict[str, Splits], tmp_path: Path) -> None:
+    """The server dies in the second task: the checkpoint says that the first one left no means."""
+
+    class KilledError(Exception):
+        pass
+
+    class Fragile(Watched):
+        def run(self, instructions: Iterable[Instruction]) -> Iterator[Contribution]:
+            for reply in super().run(instructions):
+                if (reply.kind, reply.round) == ("train", 3):
+                    raise KilledError
+                yield reply
+
+    def states(name: str) -> State:
+        return DiskState(tmp_path / "nodes", name)
+
+    expected, _, whole = run(job, Watched(late))
+    with pytest.raises(KilledError):
+        run(job, Fragile(late, states=states), folder=tmp_path)
+    found, heard, coordinator = run(job, Watched(late, states=states), folder=tmp_path)
+    assert "resumed" in [e["event"] for e in heard]
+    assert all(torch.equal(t, found.model[n]) for n, t in expected.model.items())
+    assert torch.equal(coordinator.means["mean"], whole.means["mean"])
+    assert (found.matrix, found.known, found.all_sites) == (expected.matrix, expected.known, expected.all_sites)

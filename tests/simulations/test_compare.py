@@ -50,6 +50,7 @@ def test_every_place_processes_the_same_samples(job: Job, sites: SitePopulation,
     assert abs(found["centralized"].samples - expected) <= job.federation.rounds  # one rounding a round
     assert found["isolated"].bytes_up == found["isolated"].bytes_down == found["centralized"].bytes_down == 0
     assert found["centralized"].bytes_up == sum(len(sites.splits(s).train) for s in sites.names) * 64
+    assert found["centralized"].bytes_metrics == found["isolated"].bytes_metrics == 0
     if fraction == 1.0:  # three sites side by side against one after the other
         assert found["centralized"].sequential_steps > found["federated"].sequential_steps
 
@@ -133,6 +134,8 @@ def test_the_run_of_real_nodes_reports_itself(job: Job, sites: SitePopulation, t
         same.cells[0].own_site,
         same.cells[0].per_site,
     )
+    assert cell.left == same.cells[0].left == "trained weights, 0.03 MB"  # 4 rounds, 3 sites, 650 weights
+    assert cell.budget.bytes_up == same.cells[0].budget.bytes_up > 1_000_000  # with the sums of metrics
 
 
 def test_methods_mean_nothing_where_nothing_is_aggregated(make_job: Maker) -> None:

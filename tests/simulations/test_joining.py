@@ -16,7 +16,7 @@ from simulations.leaving import left_sites
 from simulations.report import write
 from simulations.results import parse
 from simulations.statistics import crossed, summarize
-from simulations.tables import gain_table, site_table
+from simulations.tables import for_terminal, gain_table, site_table, stream_table
 from simulations.verdicts import verdicts
 
 ALONE = {"a": [0.50, 0.52, 0.54], "b": [0.90, 0.91, 0.92], "c": [0.70, 0.70, 0.70]}
@@ -148,6 +148,14 @@ def test_seeds_that_tie_claim_nothing() -> None:
     assert "The seeds tie" in " ".join(verdicts(c))
 
 
+ICARL: dict[str, Any] = {
+    "time": "continual",
+    "stream": {"tasks": 2},
+    "continual": {"name": "icarl", "buffer": 20},
+}
+LLOYD: dict[str, Any] = {"model": {"name": "kmeans"}, "task": {"name": "clustering"}}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -162,8 +170,35 @@ def test_seeds_that_tie_claim_nothing() -> None:
             "trained weights, 2.50 MB, each with its share of the noise",
         ),
         ({"privacy": {"mode": "sample", "noise": 1.0}}, "trained weights, 2.50 MB, trained with noise"),
+        ({"privacy": {"mode": "sample", "epsilon": 3.0}}, "trained weights, 2.50 MB, trained with noise"),
+        ({"privacy": {"mode": "sample", "noise": 0.0}}, "trained weights, 2.50 MB"),
+        (
+            {"privacy": {"mode": "client", "noise": 0.0}, "method": {"name": "fedavg", "weighting": "uniform"}},
+            "trained weights, 2.50 MB",
+        ),
+        (ICARL, "trained weights and sums of exemplars' features, 2.50 MB"),
+        ({**ICARL, "time": "offline"}, "trained weights, 2.50 MB"),
+        ({**ICARL, "place": "isolated"}, "nothing"),
+        ({**ICARL, "place": "centralized"}, "all training examples, 2.50 MB"),
+        (
+            {**ICARL, "data": {"normalise_by": "sites"}},
+            "trained weights, sums of the inputs by channel and sums of exemplars' features, 2.50 MB",
+        ),
+        ({**LLOYD, "method": {"name": "lloyd"}}, "sums over examples, 2.50 MB"),
+        (
+            {**LLOYD, "stages": [{"name": "found", "method": {"name": "lloyd"}}, {"name": "tuned"}]},
+            "sums over examples and trained weights, 2.50 MB",
+        ),
     ],
 )
 def test_what_left_the_sites(make_job: Any, changes: dict[str, Any], said: str) -> None:
     job: Job = make_job(**changes)
     assert left_sites(job, 2_500_000) == said
+
+
+def test_a_narrow_terminal_turns_a_table_of_few_streams() -> None:
+    matrix = [[[0.9, 0.1], [0.4, 0.8]]] * 3
+    c = comparison(cell("federated", ALONE, ALONE, matrix=matrix) | {"time": "continual", "method": "er"})
+    wide, narrow = (for_terminal(c, width)[-1] for width in (120, 80))
+    columns = len(stream_table(c)[0])
+    assert [(len(t.columns), t.row_count) for t in (wide, narrow)] == [(columns, 1), (2, columns - 1)]

@@ -1,5 +1,6 @@
 """The report of a realistic comparison: complete, escaped, self-contained, well formed, and readable."""
 
+import html
 import random
 import re
 from html.parser import HTMLParser
@@ -186,6 +187,35 @@ def test_one_seed_and_two_seeds_render(tmp_path, seeds):
     assert ('class="whisker"' in page) is not one
 
 
+@pytest.mark.parametrize("seeds", [(0,), (4, 5)])
+@pytest.mark.parametrize("larger", [True, False])
+def test_the_words_on_gains_are_those_of_the_drawing(tmp_path, seeds, larger):
+    c = example(seeds=seeds)
+    c["measures"] = {"accuracy": {"unit": "bits", "factor": 1.0, "digits": 2, "larger": larger}}
+    page, _ = read(write(c, tmp_path / "r.html"))
+    section = page.partition('<section aria-labelledby="gains">')[2].partition("</section>")[0]
+    section = html.unescape(section).replace("\u00a0", " ")
+    many = len(seeds) > 1
+    assert ("95 % interval over seeds; to the right" in section) is many
+    assert ("with one seed, without an interval; to the right" in section) is not many
+    described = re.findall(r"<desc[^>]*>([^<]*)</desc>", section)
+    assert len(described) == 2
+    assert all(("In bits, mean and 95 % interval over seeds." in said) is many for said in described)
+    assert ('class="whisker"' in section) is many
+    assert ("the federated model less the site's own one" in section) is larger
+    assert ("the site's own model less the federated one" in section) is not larger
+    assert "the last row is their mean" in section
+    assert "bootstrap" not in section
+
+
+def test_a_drawing_without_whiskers_does_not_speak_of_them(written, tmp_path):
+    spoken = "standard deviation over seeds. "
+    page, _ = read(write(example(seeds=(0,)), tmp_path / "r.html"))
+    one, many = (re.findall(r"<desc[^>]*>([^<]*)</desc>", p) for p in (page, written[0]))
+    assert not any(spoken in said for said in one)
+    assert sum(spoken in said for said in many) == 2 + len(SITES)
+
+
 def test_a_comparison_where_everything_failed_still_renders(tmp_path):
     c = example()
     c["cells"] = [{"place": "federated", "time": "offline", "error": "no memory"}]
@@ -368,10 +398,3 @@ def test_contrast_meets_wcag_aa_in_light_dark_and_print(written):
         for line in ("centralized", "isolated", "federated", "accent"):
             assert _contrast(colour[line], colour["card"]) >= 3
         assert _contrast(colour["text"], _mix(colour["heat"], colour["card"], share)) >= 4.5
-
-
-def test_a_narrow_terminal_turns_a_table_of_few_streams():
-    c = parse(example(failed=False))
-    wide, narrow = (for_terminal(c, width)[-1] for width in (120, 80))
-    assert [len(table.columns) for table in (wide, narrow)] == [len(stream_table(c)[0]), 3]
-    assert narrow.row_count == len(stream_table(c)[0]) - 1
