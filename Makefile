@@ -13,7 +13,7 @@ demo: $(VENV)/.simulations ## a real federation of three hospitals on this machi
 	$(BIN)/fedzoo demo
 
 test: check ## ruff, mypy and the default tests with coverage
-	$(BIN)/python -m pytest -n auto --dist loadgroup --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --cov --cov-report=term
 
 check: $(VENV)/.dev ## ruff and mypy alone
 	$(BIN)/ruff format --check .

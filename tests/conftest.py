@@ -18,10 +18,12 @@ LABELS = [str(c) for c in range(10)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`-n`), tests with real processes stay together by file: they share a server."""
-    for item in items:
-        if item.get_closest_marker("deploy"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Tests with real processes come first, for they take longest; those of a file share a server."""
+    real = [item for item in items if item.get_closest_marker("deploy")]
+    for item in real:
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    real.sort(key=lambda item: item.path, reverse=True)
+    items[:] = [*real, *(item for item in items if not item.get_closest_marker("deploy"))]
 
 
 @pytest.fixture

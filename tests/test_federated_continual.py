@@ -27,7 +27,7 @@ TURNED = make_job(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["der++", "icarl"])
+@pytest.mark.parametrize("method", ["der++", pytest.param("icarl", marks=pytest.mark.slow)])
 def test_a_node_that_is_killed_between_tasks_remembers_the_first(tmp_path: Path, method: str) -> None:
     stream = make_job(
         name="stream", time="continual", stream={"tasks": 2}, continual={"name": method, "buffer": 40},

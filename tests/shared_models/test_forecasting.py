@@ -195,7 +195,7 @@ def test_a_job_needs_no_labels_and_its_model_gives_the_horizon(model: str) -> No
         ),
         ({"model": {"name": "mlp"}}, "model 'mlp' cannot serve the task 'forecasting'"),
         ({"data": {"shape": [3], "features": NAMES}}, "model 'series-lstm' cannot take what [data] describes"),
-        ({"time": "continual"}, "or time = 'offline', can train it"),
+        ({"time": "continual"}, "the task 'forecasting' has none; list them in task.labels"),
         ({"simulation": {"partition": "dirichlet"}}, "shares out each class"),
     ],
 )
