@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from shared_models.job import Job
     from simulations.results import Comparison
 
@@ -30,20 +32,14 @@ def write_files(comparison: Comparison, folder: Path) -> None:
 
 def show(comparison: Comparison, folder: Path, as_json: bool) -> None:
     """The tables and sentences of a comparison whose files lie in the folder."""
-    from rich.console import Console
-
     from simulations import tables
     from simulations.verdicts import verdicts
 
     if as_json:
         typer.echo(comparison.model_dump_json())
         return
-    console = Console()
-    for table in tables.for_terminal(comparison, console.width):
-        console.print(table)
-    for line in (*tables.guarantees(comparison), *verdicts(comparison)):
-        console.print(line)
-    typer.echo(f"report {folder / 'report.html'}")
+    said = [*tables.guarantees(comparison), *verdicts(comparison)]
+    _print(lambda width: tables.for_terminal(comparison, width), said, folder / "report.html")
 
 
 def say(job: Job, skipped: Sequence[str]) -> None:
@@ -81,8 +77,6 @@ def run_folder(out: Path | None, name: str, job: str = "") -> Path:
 
 def leave_cube(found: Mapping[str, tuple[Job, Comparison]], folder: Path, as_json: bool) -> None:
     """What several jobs say together; each has its own files in its sub-folder already."""
-    from rich.console import Console
-
     from simulations import cube, tables
 
     one = next(comparison for _, comparison in found.values())
@@ -98,10 +92,17 @@ def leave_cube(found: Mapping[str, tuple[Job, Comparison]], folder: Path, as_jso
     if as_json:
         typer.echo(made.model_dump_json())
         return
+    private = [f"{name}: {line}" for name, (_, c) in found.items() for line in tables.guarantees(c)]
+    _print(lambda width: cube.for_terminal(made, width), [*cube.says(made), *private], page)
+
+
+def _print(shown: Callable[[int], Sequence[Table]], said: Sequence[str], page: Path) -> None:
+    """Tables made for the terminal's width, then sentences, then where the page is."""
+    from rich.console import Console
+
     console = Console()
-    for table in cube.for_terminal(made, console.width):
+    for table in shown(console.width):
         console.print(table)
-    said = [f"{name}: {line}" for name, (_, c) in found.items() for line in tables.guarantees(c)]
-    for line in (*cube.says(made), *said):
+    for line in said:
         console.print(line)
     typer.echo(f"report {page}")

@@ -275,7 +275,7 @@ def write(document: Document, path: Path, what: str) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(document.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        path.write_text(document.model_dump_json() + "\n", encoding="utf-8")
     except OSError as error:
         raise RunError(f"{what} cannot be written to {path}: {error.strerror}") from None
     return path
