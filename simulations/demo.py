@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from types import FrameType
 
 from PIL import Image
 from rich.console import Console
@@ -56,7 +57,7 @@ def run(folder: Path) -> None:
     (folder / "job.toml").write_text(job.to_toml(), encoding="utf-8")
     sites = load_sites(job, folder)
     started = time.monotonic()
-    with contextlib.ExitStack() as children, _terminate_as_interrupt():
+    with contextlib.ExitStack() as children, _interruptible():
         console.rule("1  A federation of three hospitals, real processes, TLS")
         for site, rows in write_hospitals(sites, folder / "hospitals").items():
             console.print(f"{site}: {rows} images below {folder / 'hospitals' / site}, which only its own node reads")
@@ -171,13 +172,23 @@ def _wait(child: Child, ready: object, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM stops the processes just as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, again every second until it leaves this context.
+
+    Once is not enough: Python prints and drops what is raised within a destructor or a callback from C, gRPC's too.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _sha256(path: Path) -> str:
