@@ -7,7 +7,7 @@
 The jobs lie in `benchmarks/anchors/`, data are what `benchmarks/prepare_data.py` writes. The full protocol is the
 paper's; the short one is the same with fewer rounds, and is compared with nothing. The global model is measured on the
 10,000 test images after every round, as the papers do; nothing is chosen by that. With `--folder` a run that was
-killed goes on at its last round; not one whose sites remember something, such as a stream's.
+killed goes on at its last round, and so does its curve; not one whose sites remember something, such as a stream's.
 """
 
 from __future__ import annotations
@@ -113,23 +113,27 @@ def run(name: str, full: bool, extra: list[str], folder: Path | None = None) -> 
     sites = load_sites(job, ROOT)
     found: dict[str, Any] = {
         "anchor": name, "full": full, "job": job.model_dump(mode="json"), "partition": sites.partition.hash,
-        "environment": environment(), "curves": [], "matrices": [], "seconds": [],
+        "environment": environment(), "curves": [[] for _ in anchor.seeds], "matrices": [],
+        "seconds": [0.0] * len(anchor.seeds),
     }  # fmt: skip
-    for seed in anchor.seeds:
+    path = kept(name, full, found["environment"]["device"])
+    for i, seed in enumerate(anchor.seeds):
+        step = with_memory(variant(job, job.place, job.time, seed), len(sites.names))
         with tempfile.TemporaryDirectory() as scratch:
-            one(name, with_memory(variant(job, job.place, job.time, seed), len(sites.names)), sites, found,
-                folder / f"{name}-{seed}" if folder else Path(scratch))  # fmt: skip
+            place = folder / f"{name}-{seed}" if folder else Path(scratch)
+            if (place / "checkpoint").exists() and path.exists():
+                before = json.loads(path.read_text(encoding="utf-8"))
+                found["curves"][i], found["seconds"][i] = before["curves"][i], before["seconds"][i]
+            one(i, step, sites, found, place, path)
 
 
-def one(name: str, job: Job, sites: SitePopulation, found: dict[str, Any], folder: Path) -> None:
-    """One seed: the round loop as it is, measured from outside."""
+def one(i: int, job: Job, sites: SitePopulation, found: dict[str, Any], folder: Path, path: Path) -> None:
+    """The seed of number i: the round loop as it is, measured from outside."""
+    name, curve, before = found["anchor"], found["curves"][i], found["seconds"][i]
     benches, started = Benches(), time.perf_counter()
     pooled = job.place == "centralized"
     names = ["all-sites"] if pooled else list(sites.names)
     engine = InProcess(names, lambda site: sites.pooled() if pooled else sites.splits(site), benches)
-    curve: list[tuple[int, float]] = []
-    found["curves"].append(curve)
-    found["seconds"].append(0.0)
     test = sites.pooled().test
 
     def measure(event: dict[str, Any]) -> None:
@@ -138,10 +142,12 @@ def one(name: str, job: Job, sites: SitePopulation, found: dict[str, Any], folde
         bench = benches(job)
         bench.load(dict(loop.state["model"]), {})
         accuracy = bench.task.values(evaluate(bench, test))["accuracy"]
-        curve.append((event["round"] + 1, round(accuracy, 5)))
-        found["seconds"][-1] = round(time.perf_counter() - started, 1)
-        save(name, found)
-        print(f"{name}: round {event['round'] + 1} of {job.federation.rounds}, {accuracy:.4f}", flush=True)
+        done = event["round"] + 1
+        curve[:] = [[round, value] for round, value in curve if round < done]  # a killed run may have measured it
+        curve.append([done, round(accuracy, 5)])
+        found["seconds"][i] = round(before + time.perf_counter() - started, 1)
+        save(path, found)
+        print(f"{name}: round {done} of {job.federation.rounds}, {accuracy:.4f}", flush=True)
 
     folder.mkdir(parents=True, exist_ok=True)
     if job.time == "continual" and (folder / "checkpoint").exists():
@@ -149,14 +155,18 @@ def one(name: str, job: Job, sites: SitePopulation, found: dict[str, Any], folde
     loop = Coordinator(job, engine, name, folder=folder, events=Events(None, measure), evaluators=names)
     outcome = loop.run()
     found["matrices"].append([list(row) for row in outcome.matrix])
-    save(name, found)
+    save(path, found)
 
 
-def save(name: str, found: dict[str, Any]) -> None:
+def kept(name: str, full: bool, device: str) -> Path:
+    """Where an anchor's figures lie: those of a CPU and of a GPU side by side."""
+    return KEPT / f"{name}-{'full' if full else 'short'}-{'cpu' if device == 'CPU' else 'gpu'}.json"
+
+
+def save(path: Path, found: dict[str, Any]) -> None:
     """Write what is known."""
-    KEPT.mkdir(parents=True, exist_ok=True)
-    kind = "full" if found["full"] else "short"
-    (KEPT / f"{name}-{kind}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def figure(anchor: Anchor, curve: list[list[float]]) -> float | None:
@@ -184,11 +194,9 @@ def write() -> None:
         "| --- | ---: | ---: | ---: | --- | ---: | --- | ---: |",
     ]  # fmt: skip
     for name, anchor in ANCHORS.items():
-        for kind in ("full", "short"):
-            path = KEPT / f"{name}-{kind}.json"
-            if not path.exists():
-                continue
+        for path in sorted(KEPT.glob(f"{name}-*-[cg]pu.json")):
             found = json.loads(path.read_text(encoding="utf-8"))
+            kind = "full" if found["full"] else "short"
             values = [figure(anchor, curve) for curve in found["curves"]]
             done = max(len(curve) for curve in found["curves"])
             good = all(v is not None and anchor.accept[0] <= v <= anchor.accept[1] for v in values)
@@ -215,8 +223,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keeps checkpoints, from which a killed run goes on")
     parser.add_argument("--write", action="store_true", help="only the page")
     words = parser.parse_args()
-    kind = "full" if words.full else "short"
-    for name in () if words.write else words.names or [n for n in ANCHORS if not (KEPT / f"{n}-{kind}.json").exists()]:
+    device = environment()["device"]
+    without = [name for name in ANCHORS if not kept(name, words.full, device).exists()]
+    for name in () if words.write else words.names or without:
         run(name, words.full, words.set, words.folder)
     write()
 

@@ -74,9 +74,10 @@ def _claim(level: Guessed, found: Membership) -> str:
     if level.least_epsilon > 0:
         proved = f"; it proves an epsilon of at least {level.least_epsilon:.2f} at delta {found.delta:g}"
     allowed = f" Guaranteed: {level.statement}." if level.epsilon is not None else ""
-    if level.low > 0.5 or level.least_epsilon > 0:
+    if level.low > 0.5:
         return f"{level.level}: the attack tells members from others ({interval}){proved}.{allowed}"
-    return f"{level.level}: it cannot be claimed that the attack does better than guessing ({interval}).{allowed}"
+    sure = f", but at those of which it is surest it does{proved}" if proved else ""
+    return f"{level.level}: it cannot be claimed that the attack does better than guessing ({interval}){sure}.{allowed}"
 
 
 def _membership_table(found: Membership) -> tuple[list[str], list[list[str]]]:

@@ -15,6 +15,8 @@ from simulations.attacks.audit import auc, least_epsilon
 from simulations.attacks.levels import Level, levels
 from simulations.attacks.lira import log_ratio
 from simulations.attacks.membership import Chosen, attack, coins, confidences, halves, judge, question
+from simulations.attacks.report import says
+from simulations.attacks.results import Guessed, Membership
 from simulations.compare import load_sites
 from simulations.paradigms import Setting, paradigms
 from simulations.partition import SitePopulation
@@ -44,6 +46,27 @@ def test_an_overfitted_model_gives_its_members_away() -> None:
     assert level.most_auc is None
     assert level.tpr["0.001"] is None, "non-members are too few for 0.1 %"
     assert found.candidates == len(sites.pooled().train)
+
+
+@pytest.mark.parametrize(
+    ("low", "proved", "claims"),
+    [
+        (0.51, 0.0, "the attack tells members from others (AUC 0.520, 95 % interval 0.510 to 0.530, 4 target models)."),
+        (0.51, 0.3, "the attack tells members from others (AUC 0.520, 95 % interval 0.510 to 0.530, 4 target models); "
+                    "it proves an epsilon of at least 0.30 at delta 1e-05."),
+        (0.49, 0.0, "it cannot be claimed that the attack does better than guessing (AUC 0.520, 95 % interval 0.490 to "
+                    "0.530, 4 target models)."),
+        (0.49, 0.3, "it cannot be claimed that the attack does better than guessing (AUC 0.520, 95 % interval 0.490 to "
+                    "0.530, 4 target models), but at those of which it is surest it does; it proves an epsilon of at "
+                    "least 0.30 at delta 1e-05."),
+    ],
+)  # fmt: skip
+def test_a_sentence_says_no_more_than_the_interval_and_the_proof(low: float, proved: float, claims: str) -> None:
+    level = Guessed.model_construct(
+        level="epsilon 3", epsilon=None, statement="", auc=[0.52] * 4, low=low, high=0.53, least_epsilon=proved
+    )
+    found = Membership.model_construct(targets=4, delta=1e-5, levels=[level])
+    assert says(found) == [f"epsilon 3: {claims}"]
 
 
 def test_what_is_proved_holds_at_one_delta_for_all_levels() -> None:
