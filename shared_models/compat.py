@@ -88,6 +88,16 @@ def _closed_form(job: Job) -> bool:
     return overrides(make_method(job), "answer")
 
 
+def _nothing_normal(job: Job) -> bool:
+    """Whether a task of the stream has no labels but those that come with every task."""
+    from shared_models.tasks.base import make_task
+
+    if not job.cuts_labels or job.stream.tasks > len(job.task.labels):
+        return False
+    always = make_task(job).always
+    return bool(always) and any(set(always).issuperset(classes) for classes in job.tasks)
+
+
 def _draws_inputs(job: Job) -> bool:
     """Whether the server trains the model on inputs that it makes itself."""
     from shared_models.methods.base import make_method, overrides
@@ -231,6 +241,11 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (
         lambda job: job.cuts_labels and job.stream.tasks > len(job.task.labels),
         "stream.tasks = {job.stream.tasks} is more than the {labels} labels: every task needs at least one",
+    ),
+    (
+        _nothing_normal,
+        "stream.tasks = {job.stream.tasks} makes a task of anomalies alone, in which nothing normal could be learned; "
+        "order task.labels otherwise, or have fewer tasks",
     ),
     (
         lambda job: job.time == "continual" and job.stream.tasks > job.federation.rounds,

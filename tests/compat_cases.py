@@ -29,6 +29,11 @@ RESNET: Parts = {"model": {"name": "resnet18", "norm": "batch"}, "data": {"shape
 ICARL: Parts = {"time": "continual", "stream": {"tasks": 2}, "continual": {"name": "icarl", "buffer": 20}}
 DFKD: Parts = {"method": {"name": "dfkd"}}
 JOINING: Parts = {"time": "continual", "stream": {"kind": "sites", "tasks": 2}}
+ANOMALY: Parts = {
+    "model": {"name": "autoencoder"},
+    "task": {"name": "anomaly", "labels": ["a", "b", "c", "d"], "anomalous": ["c", "d"]},
+    "time": "continual",
+}
 STAGES: Parts = {"stages": [{"name": "one"}]}
 
 CASES: list[tuple[str, Parts, Parts]] = [
@@ -86,6 +91,11 @@ CASES: list[tuple[str, Parts, Parts]] = [
         "stream.tasks = 11 is more than the 10 labels: every task needs at least one",
         {"time": "continual", "stream": {"tasks": 11}, "federation": {"rounds": 11}},
         {"time": "continual", "stream": {"tasks": 10}, "federation": {"rounds": 11}},
+    ),
+    (
+        "stream.tasks = 2 makes a task of anomalies alone, in which nothing normal could be learned",
+        {**ANOMALY, "stream": {"tasks": 2}},
+        {**ANOMALY, "stream": {"tasks": 2}, "task": {**ANOMALY["task"], "labels": ["a", "c", "b", "d"]}},
     ),
     (
         "stream.tasks = 5 is more than federation.rounds = 4: every task needs at least one round",
