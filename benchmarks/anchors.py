@@ -190,8 +190,8 @@ def write() -> None:
         "# Published figures, and ours beside them", "",
         "Written by `python benchmarks/anchors.py`; jobs in `benchmarks/anchors/`, figures in "
         "`benchmarks/results/anchors/`. The heart-disease row stands in [results.md](results.md). Measured on the "
-        "10,000 test images after every round; nothing was chosen by that. One seed each. The machine with two cores had "
-        "other work beside: its seconds are to be read with that in mind.", "",
+        "10,000 test images after every round; nothing was chosen by that. One seed each. The machine with two cores "
+        "had other work beside: its seconds are to be read with that in mind.", "",
         "| what | published | accepted | ours | protocol | rounds run | hardware | seconds |",
         "| --- | ---: | ---: | ---: | --- | ---: | --- | ---: |",
     ]  # fmt: skip
@@ -219,7 +219,7 @@ def curves() -> list[str]:
     """The way to a goal, round by round."""
     lines = [
         "", "## Curves", "",
-        "Accuracy after so many rounds, %. In the paper 99 % is reached after 20 rounds IID and 229 with two shards.", "",
+        "Accuracy after so many rounds, %. In the paper 99 % is reached after 20 rounds IID, 229 with two shards.", "",
         "| what | hardware | " + " | ".join(map(str, MARKS)) + " |", "| --- | --- |" + " ---: |" * len(MARKS),
     ]  # fmt: skip
     for name, anchor in ANCHORS.items():
