@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -245,10 +244,9 @@ class Coordinator:
         values = self.task.values(sums) if sums else {}
         self.progress.curve.append({"round": round, **{k: round_to(v) for k, v in values.items()}})
         if values and self.job.federation.select == "best":
-            score, best = values[self.task.headline], self.progress.best
-            sign = 1 if self.measure.larger else -1
-            if not math.isnan(score) and (best is None or sign * score > sign * best[0]):
-                self.progress.best, self.best_model = (score, round), self.state["model"]
+            headline = self.task.headline
+            if self.progress.is_best(headline, values[headline], round, self.measure.larger):
+                self.best_model = self.state["model"]
 
     # ---- between tasks and at the end --------------------------------------------------------------------------------
     def _end_task_that_is_over(self) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
+
+from shared_models.errors import RunError
 
 
 @dataclass
@@ -50,6 +53,24 @@ class Progress:
     best: tuple[float, int] | None = None
     totals: Totals = field(default_factory=Totals)
     privacy: dict[str, Any] = field(default_factory=dict)
+
+    def is_best(self, headline: str, score: float, round: int, larger: bool) -> bool:
+        """Whether a round's headline on validation is the best so far, which is noted then.
+
+        Raises:
+            RunError: no round had one: it is a metric of the test alone, or validation is too small for it.
+        """
+        if math.isnan(score):
+            if self.best is not None:
+                return False
+            raise RunError(
+                f"federation.select = 'best' goes by {headline} on validation, where it is not measured",
+                hint="Name another metric in task.headline, enlarge validation, or set federation.select = 'last'",
+            )
+        if self.best is not None and (score <= self.best[0] if larger else score >= self.best[0]):
+            return False
+        self.best = (score, round)
+        return True
 
 
 @dataclass(frozen=True)

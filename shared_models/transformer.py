@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
+from shared_models.errors import ConfigError
 from shared_models.models import ModelSettings
 from shared_models.tokens import PAD
 
@@ -296,6 +297,15 @@ def sines(points: Tensor, width: int) -> Tensor:
     rates = 10000.0 ** (-torch.arange(0, width, 2, device=points.device) / width)
     angles = points[:, None] * rates  # (N, D/2)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+
+
+def require_positions(model: str, positions: int | None, length: int) -> None:
+    """Raise a ConfigError where a table that has so many rows is too small for texts of this length."""
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"model '{model}' has {positions} positions, too few for texts of {length} tokens",
+            hint="Set positions to at least that, or let texts be shorter",
+        )
 
 
 class Positions(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,7 +17,9 @@ from shared_models.metrics.chrf import chrf, chrf_sums, no_chrf
 from shared_models.metrics.rouge import no_rouge, rouge, rouge_sums
 from shared_models.tasks.base import Batch, Target, task
 from shared_models.tasks.language import Language, Said, TextSettings
-from shared_models.tokens import BEGIN, END, PAD, draw_ids
+from shared_models.tokens import BEGIN, END, PAD, UNKNOWN, draw_ids
+
+STRANGE = "\N{REPLACEMENT CHARACTER}"
 
 
 class TranslationSettings(TextSettings):
@@ -43,7 +46,11 @@ class Written(Said):
 
 @task("translation")
 class Translation(Language):
-    """The texts are written greedily, on the test part alone, for that takes long; elsewhere their metrics are NaN."""
+    """The texts are written greedily, on the test part alone, for that takes long; elsewhere their metrics are NaN.
+
+    A given translation that was cut off, being longer than the job's length, is no reference: BLEU, chrF and ROUGE are
+    of the others. A word that the tokenizer does not know stands in a reference as a sign that nobody writes.
+    """
 
     Settings = TranslationSettings
     each = False
@@ -70,8 +77,13 @@ class Translation(Language):
         texts = outputs.texts if isinstance(outputs, Written) else None
         if texts is None:
             return sums | {name: value for name, value in self.zeros.items() if name not in sums}
-        truth = [self.tokenizer.decode(row) for row in batch.y.tolist()]
-        return sums | bleu_sums(texts, truth) | chrf_sums(texts, truth) | rouge_sums(texts, truth)
+        rows = [(row, text) for row, text in zip(batch.y.tolist(), texts, strict=True) if END in row]
+        truth, said = [self._reference(row) for row, _ in rows], [text for _, text in rows]
+        return sums | bleu_sums(said, truth) | chrf_sums(said, truth) | rouge_sums(said, truth)
+
+    def _reference(self, ids: list[int]) -> str:
+        parts = [list(part) for unknown, part in groupby(ids, lambda i: i == UNKNOWN) if not unknown]
+        return f" {STRANGE} ".join(map(self.tokenizer.decode, parts))
 
     @cached_property
     def zeros(self) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
+from shared_models.errors import ConfigError
 from shared_models.image_text import ImageText
 from shared_models.job_parts import DataPart
 from shared_models.tasks.base import Batch, Task, task
@@ -61,6 +62,8 @@ class ZeroShot(Task):
     def __init__(self, settings: ZeroShotSettings, data: DataPart | None = None) -> None:
         super().__init__(settings, data)
         self.choice = Classification(settings, data)
+        if data is not None and data.form == "image-text":
+            _ = self.prompts  # a description that does not fit is to be told of now
 
     @property
     def outputs(self) -> int:
@@ -69,11 +72,20 @@ class ZeroShot(Task):
 
     @cached_property
     def prompts(self) -> Tensor:
-        """(labels, T) int64, the ids of the descriptions as a reader would make them of captions."""
+        """(labels, T) int64, the ids of the descriptions as a reader would make them of captions.
+
+        Raises:
+            ConfigError: one is longer than `data.text_length`: cut off, several could become the same.
+        """
         length, tokenizer = texts_of(self.data)
         ids = torch.full((len(self.settings.labels), length), PAD)
         for row, text in enumerate(self.settings.texts):
-            said = torch.tensor([BEGIN, *tokenizer.encode(text), END])[:length]
+            said = torch.tensor([BEGIN, *tokenizer.encode(text), END])
+            if len(said) > length:
+                raise ConfigError(
+                    f"the description of a class, '{text}', is of {len(said)} tokens, and data.text_length is {length}",
+                    hint="Raise data.text_length, or shorten it in task.template or task.prompts",
+                )
             ids[row, : len(said)] = said
         return ids
 

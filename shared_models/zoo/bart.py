@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from shared_models.errors import ConfigError
 from shared_models.models import Shape, model
 from shared_models.tokens import Bytes
 from shared_models.transformer import (
@@ -34,6 +33,7 @@ from shared_models.transformer import (
     EncoderDecoder,
     causal,
     not_padding,
+    require_positions,
 )
 
 OFFSET = 2  # rows of the published position tables that come before the first place, and that nothing uses
@@ -163,9 +163,5 @@ def build(settings: BartSettings, shape: Shape, outputs: int) -> nn.Module:
         ConfigError: texts are longer than the model has positions.
     """
     length, vocabulary = shape
-    if settings.positions is not None and length > settings.positions:
-        raise ConfigError(
-            f"model 'bart' has {settings.positions} positions, too few for texts of {length} tokens",
-            hint="Set positions to at least that, or let texts be shorter",
-        )
+    require_positions("bart", settings.positions, length)
     return Bart(settings, length, vocabulary)

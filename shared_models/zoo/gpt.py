@@ -29,7 +29,15 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from shared_models.models import Shape, model
-from shared_models.transformer import AttentionSettings, BlockSettings, EncoderBlock, Positions, causal, not_padding
+from shared_models.transformer import (
+    AttentionSettings,
+    BlockSettings,
+    EncoderBlock,
+    Positions,
+    causal,
+    not_padding,
+    require_positions,
+)
 from shared_models.zoo.lstm import last, tied
 
 
@@ -43,10 +51,14 @@ class GPTSettings(AttentionSettings):
         heads: attention heads.
         std: standard deviation of all weights at the start.
         dropout: after the embedding, the attention weights and each layer.
+        positions: places that have a row in their table; as many as the model sees tokens unless told. Published
+            weights have 1024. Stages of a job need one number: the next token is said from one token less than a text
+            has.
     """
 
     layers: PositiveInt
     mlp: PositiveInt
+    positions: PositiveInt | None = None
     std: PositiveFloat = 0.02
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
 
@@ -61,7 +73,7 @@ class GPT(nn.Module):
         self.each = each
         self.tied = each and outputs == vocabulary
         self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = Positions("learnable", length, width)
+        self.positions = Positions("learnable", settings.positions or length, width)
         self.dropout = nn.Dropout(settings.dropout)
         block = BlockSettings(
             width, settings.heads, settings.mlp, activation="gelu-tanh", before=True, dropout=settings.dropout
@@ -137,8 +149,8 @@ def convert(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     settings=GPTSettings,
     sizes={
         "tiny": {"layers": 2, "width": 64, "mlp": 256, "heads": 4, "std": 0.1},
-        "small": {"layers": 12, "width": 768, "mlp": 3072, "heads": 12, "dropout": 0.1},
-        "medium": {"layers": 24, "width": 1024, "mlp": 4096, "heads": 16, "dropout": 0.1},
+        "small": {"layers": 12, "width": 768, "mlp": 3072, "heads": 12, "dropout": 0.1, "positions": 1024},
+        "medium": {"layers": 24, "width": 1024, "mlp": 4096, "heads": 16, "dropout": 0.1, "positions": 1024},
     },
     paper="Radford et al. 2019, Language Models are Unsupervised Multitask Learners",
     tasks=("language-modelling", "classification"),
@@ -149,5 +161,10 @@ def convert(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     usual={"tiny": (64, 293), "small": (1024, 50_257), "medium": (1024, 50_257)},
 )
 def build(settings: GPTSettings, shape: Shape, outputs: int, *, each: bool = False) -> nn.Module:
-    """Tokens (B, at most T) -> (B, outputs) scores, or (B, T, outputs) with `each`."""
+    """Tokens (B, at most T) -> (B, outputs) scores, or (B, T, outputs) with `each`.
+
+    Raises:
+        ConfigError: texts are longer than the model has positions.
+    """
+    require_positions("gpt", settings.positions, shape[0])
     return GPT(settings, shape, outputs, each)

@@ -105,6 +105,28 @@ def test_entries_of_another_shape_are_not_carried() -> None:
     assert "hidden1.weight" not in left
 
 
+@pytest.mark.parametrize(("positions", "found"), [({}, False), ({"positions": 16}, True)])
+def test_gpt_keeps_its_positions_from_next_tokens_to_classes_where_their_number_is_told(
+    positions: dict[str, int], found: bool
+) -> None:
+    """Next tokens are said from one token less than a text has."""
+    parts = {"name": "j", "model": {"name": "gpt", **positions}, "data": {"tokenizer": "bytes", "shape": [16]}}
+    one = Job.resolve({**parts, "task": {"name": "language-modelling"}})
+    two = Job.resolve({**parts, "task": {"name": "classification", "labels": ["a", "b"]}})
+    left = carried(one, two, build_model(one)[0].state_dict())
+    assert ("positions.table.weight" in left) == found
+    assert "tokens.weight" in left
+
+
+def test_gpt_refuses_texts_beyond_its_positions() -> None:
+    job = Job.resolve({
+        "name": "j", "model": {"name": "gpt", "positions": 14}, "task": {"name": "language-modelling"},
+        "data": {"tokenizer": "bytes", "shape": [16]},
+    })  # fmt: skip
+    with pytest.raises(ConfigError, match="model 'gpt' has 14 positions, too few for texts of 15 tokens"):
+        build_model(job)
+
+
 def test_the_same_bits_on_disk_and_after_a_crash_between_stages(tmp_path: Path) -> None:
     job = a_job({"name": "pretext"}, PROBE)
     expected, _ = carry_out(job)

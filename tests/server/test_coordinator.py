@@ -18,6 +18,7 @@ from client.state import DiskState, MemoryState, State
 from client.workbench import Benches
 from server.coordinator import Coordinator
 from server.events import Events, read_events
+from server.outcome import Progress
 from shared_models.errors import RunError
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction, refusal
@@ -256,6 +257,17 @@ def test_best_round_is_chosen_on_validation_only(make_job: Maker, sites: dict[st
     assert all(torch.equal(measured.model[n], t) for n, t in outcome.model.items())
     assert again.progress.curve == coordinator.progress.curve
     assert measured.all_sites["accuracy"] != outcome.all_sites["accuracy"]
+
+
+def test_best_by_what_validation_does_not_have_is_refused_at_the_first_round() -> None:
+    progress = Progress()
+    with pytest.raises(RunError, match="'best' goes by bleu on validation, where it is not measured"):
+        progress.is_best("bleu", math.nan, 0, larger=True)
+    assert progress.is_best("accuracy", 0.5, 0, larger=True)
+    assert not progress.is_best("accuracy", math.nan, 1, larger=True), "a model that has diverged is not the best"
+    assert not progress.is_best("accuracy", 0.5, 2, larger=True), "of two alike the first is kept"
+    assert progress.best == (0.5, 0)
+    assert progress.is_best("loss", 0.4, 3, larger=False)
 
 
 def test_the_best_of_what_should_be_small_is_the_smallest(

@@ -232,14 +232,20 @@ def test_zero_shot_by_hand() -> None:
 
 def test_prompts_are_captions_as_a_reader_would_give_them() -> None:
     texts = pytest.importorskip("client.readers.texts")
-    task = zero_shot(template="a photo of a {}.", prompts={"green": "g" * 40})
-    said = ["a photo of a red.", "g" * 40, "a photo of a blue."]
+    task = zero_shot(template="a photo of a {}.", prompts={"green": "g" * 22})
+    said = ["a photo of a red.", "g" * 22, "a photo of a blue."]
     expected = torch.stack([texts.to_ids(text, Bytes(), 24) for text in said])
     assert torch.equal(task.prompts, expected)
     assert task.prompts[0, 0] == BEGIN
     assert END in task.prompts[0]
     assert task.prompts[0, -1] == PAD
-    assert END not in task.prompts[1]
+    assert task.prompts[1, -1] == END
+
+
+def test_a_description_that_does_not_fit_is_refused() -> None:
+    """Cut off, those of all classes would be one."""
+    with pytest.raises(ConfigError, match=r"'an image that shows red', is of 25 tokens, and data\.text_length is 24"):
+        zero_shot(template="an image that shows {}")
 
 
 def test_one_model_serves_both_tasks() -> None:

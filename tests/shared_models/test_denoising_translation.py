@@ -365,6 +365,26 @@ def test_scores_of_what_is_written_are_those_of_the_texts_and_of_the_test_part_a
     assert plain.keys() == task.zeros.keys()
 
 
+def test_a_translation_that_was_cut_off_is_no_reference() -> None:
+    task = make_task(a_job("translation", length=16))
+    whole, cut = "a short one", "one that is longer than sixteen tokens"
+    given = Batch(ids("x", "y"), ids(whole, cut))
+    outputs = Said(torch.zeros(2, 15, V), given.y[:, 1:])
+    sums = task.sums(Written(outputs.logits, outputs.truth, texts=("a short cat", "one that is lo")), given)
+    alone = bleu_sums(["a short cat"], [whole]) | chrf_sums(["a short cat"], [whole])
+    assert all(torch.equal(sums[name], value) for name, value in alone.items())
+    assert int(sums["examples"]) == 2
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_in_the_reference_and_in_no_translation() -> None:
+    task = make_task(a_job("translation", length=16))
+    row = [BEGIN, *Bytes().encode("ab"), UNKNOWN, *Bytes().encode("cd"), END]
+    given = Batch(ids("x"), torch.tensor([row + [PAD] * (16 - len(row))]))
+    sums = task.sums(Written(torch.zeros(1, 15, V), given.y[:, 1:], texts=("ab cd",)), given)
+    expected = bleu_sums(["ab cd"], ["ab \N{REPLACEMENT CHARACTER} cd"])
+    assert all(torch.equal(sums[name], value) for name, value in expected.items())
+
+
 def test_a_site_measures_scores_on_its_test_part_alone() -> None:
     bench = Workbench(a_job("translation"), torch.device("cpu"))
     given = bench.task.draw((16,), 9, torch.Generator().manual_seed(1))
