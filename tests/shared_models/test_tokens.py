@@ -171,6 +171,20 @@ def test_a_file_that_cuts_and_pads_does_neither_here() -> None:
         assert changed.encode(text) == plain.encode(text)
 
 
+def test_a_file_that_drops_merges_at_random_does_not_here() -> None:
+    """BPE dropout (Provilkov et al. 2020) is for training a model on one text in many forms; a site reads it once."""
+    plain, written = make_tokenizer(trained()), json.loads(trained())
+    written["model"]["dropout"] = 0.9
+    changed = make_tokenizer(json.dumps(written))
+    for text in SENTENCES:
+        assert changed.encode(text) == plain.encode(text)
+
+
+def test_a_half_of_a_surrogate_pair_becomes_a_question_mark_for_a_file_too() -> None:
+    made = make_tokenizer(trained())
+    assert made.encode("the \ud83d cat") == made.encode("the ? cat")
+
+
 def test_ids_may_have_holes() -> None:
     made = make_tokenizer(words({"?": 2, "a": 0, "b": 7}))
     assert made.encode("a b") == [TEXT, TEXT + 7]
