@@ -107,6 +107,21 @@ def test_a_role_that_says_nothing_is_none(tmp_path: Path) -> None:
         texts(write(tmp_path / "prose.txt", "No play at all.\n"), cut="roles")
 
 
+def test_blanks_behind_a_roles_colon_are_nothing(tmp_path: Path) -> None:
+    plain = texts(write(tmp_path / "a.txt", PLAY), cut="roles")
+    blank = texts(write(tmp_path / "b.txt", PLAY.replace(":\n", ": \t\u00a0\n")), cut="roles")
+    assert torch.equal(blank.x, plain.x)
+    assert list(blank.sites) == list(plain.sites)
+
+
+def test_nothing_but_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "a\u2028b\x85c\x0bd\x0ce\rf\n\u2028\ng")
+    store = texts(file)
+    assert said(store.x) == ["a\u2028b\x85c\x0bd\x0ce\rf", "g"]
+    assert [name[-15:-8] for name in store.names] == ["0000001", "0000003"]
+    assert check(file, "text")["lines"] == 2
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("cut", ["lines", "windows", "roles"])
 @pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.text", "a.txt.gz", "a.TXT.GZ"])
@@ -311,6 +326,14 @@ def test_texts_of_a_table_with_classes_parts_and_sites(tmp_path: Path) -> None:
     assert list(store.names) == ["a.csv:0000004", "a.csv:0000005", "a.csv:0000003"]
     plain = texts(file, 0, "csv", text=("title", "body"))
     assert (plain.y.tolist(), said(plain.x)) == ([0, 0, 0], said(store.x))
+
+
+def test_a_text_may_say_what_a_number_has_for_missing(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", "title,body,label\n?,,x\nNA, nan ,x\nna,said,?\n")
+    store = texts(file, 0, "csv", text=("title", "body"))
+    assert said(store.x) == ["?", "NA nan", "na said"]
+    with pytest.raises(DataError, match="line 4 of .* stands for ''"):
+        texts(file, 0, "csv", "class", ("x",), text=("title", "body"))
 
 
 @pytest.mark.parametrize(
