@@ -42,7 +42,7 @@ class GPTSettings(AttentionSettings):
         mlp: width of a block's hidden layer.
         heads: attention heads.
         std: standard deviation of all weights at the start.
-        dropout: after the embedding, the attention weights and each layer.
+        dropout: of the embedding, of the attention weights and of what attention and MLP add; not within the MLP.
     """
 
     layers: PositiveInt
@@ -64,7 +64,13 @@ class GPT(nn.Module):
         self.positions = Positions("learnable", length, width)
         self.dropout = nn.Dropout(settings.dropout)
         block = BlockSettings(
-            width, settings.heads, settings.mlp, activation="gelu-tanh", before=True, dropout=settings.dropout
+            width,
+            settings.heads,
+            settings.mlp,
+            activation="gelu-tanh",
+            before=True,
+            dropout=settings.dropout,
+            hidden_dropout=0.0,
         )
         blocks = [EncoderBlock(block) for _ in range(settings.layers)]
         self.blocks = nn.ModuleList(blocks)
