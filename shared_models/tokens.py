@@ -75,8 +75,8 @@ class Bytes(Tokenizer):
 class File(Tokenizer):
     """A tokenizer of the library `tokenizers`, from its JSON; its own ids come after the special ones.
 
-    Texts are neither cut nor padded, and no merge is dropped at random, whatever the file says. What it calls unknown is
-    `UNKNOWN`.
+    Texts are neither cut nor padded, and no merge is dropped at random, whatever the file says. What it calls unknown
+    is `UNKNOWN`.
 
     Raises:
         ConfigError: the library is not there, cannot read the JSON, or finds no token in it.
@@ -103,6 +103,8 @@ class File(Tokenizer):
         if not ids:
             raise ConfigError("data.tokenizer is a tokenizer that has no tokens", hint="Train it on some text")
         self.size = TEXT + max(ids) + 1  # there may be holes
+        if self.size == Bytes.size:  # by which a model tells that a token is a byte
+            self.size += 1
         if self.size > LARGEST:
             raise ConfigError(f"data.tokenizer has an id of {max(ids)}, the limit is {LARGEST}", hint="Number it anew")
         model = json.loads(content)["model"]

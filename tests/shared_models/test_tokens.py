@@ -193,6 +193,12 @@ def test_ids_may_have_holes() -> None:
         make_tokenizer(words({"?": 2, "a": 0, "b": 2**22}))
 
 
+def test_no_file_has_as_many_ids_as_bytes() -> None:
+    """By the number of ids a model tells whether a token is a byte."""
+    sizes = [make_tokenizer(words({"?": 0, **{f"w{i}": i for i in range(1, n)}})).size - TEXT for n in (255, 256, 257)]
+    assert sizes == [255, 257, 257]
+
+
 def test_a_file_on_which_the_library_panics_is_one_line() -> None:
     """Its Rust half then raises what is no Exception, and a node would have lost its worker to an unread job."""
     pytest.importorskip("tokenizers")
@@ -318,6 +324,7 @@ def test_form_and_sample_follow_from_shape_and_tokenizer() -> None:
     ("keys", "message"),
     [
         ({"shape": [1], "tokenizer": BYTES}, "shape of a text is one number, of at least 2 tokens"),
+        ({"shape": [3, 8, 8], "tokenizer": BYTES, "text_length": 1}, "greater than or equal to 2"),
         ({"shape": [8, 3], "tokenizer": BYTES}, "shape of a text is one number"),
         ({"shape": [8], "tokenizer": BYTES, "mean": [0.0]}, "tokens are not normalised"),
         ({"shape": [8], "tokenizer": BYTES, "normalise_by": "sites"}, "tokens are not normalised"),
