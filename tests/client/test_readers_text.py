@@ -328,14 +328,6 @@ def test_texts_of_a_table_with_classes_parts_and_sites(tmp_path: Path) -> None:
     assert (plain.y.tolist(), said(plain.x)) == ([0, 0, 0], said(store.x))
 
 
-def test_a_text_may_say_what_a_number_has_for_missing(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.csv", "title,body,label\n?,,x\nNA, nan ,x\nna,said,?\n")
-    store = texts(file, 0, "csv", text=("title", "body"))
-    assert said(store.x) == ["?", "NA nan", "na said"]
-    with pytest.raises(DataError, match="line 4 of .* stands for ''"):
-        texts(file, 0, "csv", "class", ("x",), text=("title", "body"))
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [(" ,good", "line 3 of .* has no text"), ("x,ugly", "stands for 'ugly'"), ("x", "line 3 of .* has 1 cells")],

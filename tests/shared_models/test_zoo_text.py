@@ -279,7 +279,9 @@ def test_dropout_is_for_training_only(name: str) -> None:
 def test_nothing_is_dropped_within_the_mlp(name: str) -> None:
     """As in the authors' code of all three: of the attention weights and of what each layer adds, no more."""
     for each in (False, True):
-        rates = {key: part.p for key, part in build(name, each, dropout=0.5).named_modules() if type(part) is nn.Dropout}
+        rates = {
+            key: part.p for key, part in build(name, each, dropout=0.5).named_modules() if type(part) is nn.Dropout
+        }
         within = {key for key in rates if "blocks." in key}
         assert {rates[key] for key in within if key.endswith("mlp.dropout")} == {0.0}
         assert {rates[key] for key in within if not key.endswith("mlp.dropout")} == {0.5}
