@@ -55,7 +55,7 @@ class DataPart(Part):
         tokenizer: `bytes`, or a file of the library `tokenizers` (JSON), whose content becomes part of the job.
         cut: what an example of a text file is: one of its `lines`, one of its `windows` of as many tokens as `shape`
             says, or `roles`: windows of all that a role of a play says.
-        text_length: tokens of the text that goes with an image, at most.
+        text_length: tokens of the text that goes with an image, at most; 2 or more, for `<begin>` is one of them.
         captions: how many of an image's texts are read, in their order; each is an example, with a copy of the image.
             Validation and test hold the first alone.
         text: columns of a table that hold a text, joined by a space.
@@ -90,7 +90,7 @@ class DataPart(Part):
     train_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     tokenizer: str = ""
     cut: Literal["lines", "windows", "roles"] = "lines"
-    text_length: Positive = 64
+    text_length: Annotated[int, Field(ge=2)] = 64
     captions: Positive = 1
     text: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
     features: tuple[str, ...] = ()

@@ -75,7 +75,8 @@ class Bytes(Tokenizer):
 class File(Tokenizer):
     """A tokenizer of the library `tokenizers`, from its JSON; its own ids come after the special ones.
 
-    Texts are neither cut nor padded, whatever the file says. What it calls unknown is `UNKNOWN`.
+    Texts are neither cut nor padded, and no merge is dropped at random, whatever the file says. What it calls unknown
+    is `UNKNOWN`.
 
     Raises:
         ConfigError: the library is not there, cannot read the JSON, or finds no token in it.
@@ -96,10 +97,14 @@ class File(Tokenizer):
             raise ConfigError(f"data.tokenizer is no tokenizer's JSON: {error}") from None
         self._own.no_truncation()
         self._own.no_padding()
+        if getattr(self._own.model, "dropout", None):
+            self._own.model.dropout = None
         ids = self._own.get_vocab().values()
         if not ids:
             raise ConfigError("data.tokenizer is a tokenizer that has no tokens", hint="Train it on some text")
         self.size = TEXT + max(ids) + 1  # there may be holes
+        if self.size == Bytes.size:  # by which a model tells that a token is a byte
+            self.size += 1
         if self.size > LARGEST:
             raise ConfigError(f"data.tokenizer has an id of {max(ids)}, the limit is {LARGEST}", hint="Number it anew")
         model = json.loads(content)["model"]
@@ -107,8 +112,8 @@ class File(Tokenizer):
         self._unknown = model.get("unk_id") if unknown is None else self._own.token_to_id(unknown)
 
     def encode(self, text: str) -> list[int]:
-        """Its own ids, moved behind the special ones."""
-        ids = self._own.encode(text, add_special_tokens=False).ids
+        """Its own ids, moved behind the special ones; a half of a surrogate pair is a question mark to it."""
+        ids = self._own.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
         return [UNKNOWN if i == self._unknown else TEXT + i for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -140,8 +140,8 @@ class Bag(nn.Module):
     """The sum of the vectors of a text's words, which have their row of one table by their hash: (B, T) -> (B, E).
 
     No list of words is needed (Weinberger et al. 2009); two words may share a row. In bytes a word is a run of letters
-    and digits, capital or not, and of whatever is not ASCII; a token of a file is a word. The rows start near zero, so
-    that a word that was never trained says next to nothing.
+    and digits, capital or not, and of whatever is not ASCII; a token of a file, which never has as many ids as there
+    are of bytes, is a word. The rows start near zero, so that a word that was never trained says next to nothing.
     """
 
     def __init__(self, buckets: int, dropout: float, vocabulary: int, outputs: int) -> None:

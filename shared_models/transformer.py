@@ -212,6 +212,7 @@ class BlockSettings:
         before: x + layer(norm(x)), which learns without a warm-up (Xiong et al. 2020) and leaves the last sum to be
             normalised by the model; else norm(x + layer(x)), as in Vaswani et al. 2017.
         dropout: of attention weights, of the hidden layer, and of what is added to x. The paper has the last only.
+        hidden_dropout: of the hidden layer; `dropout` unless told. BERT, ELECTRA and GPT-2 have none there.
         bias: whether linear layers have one.
         eps: added to the variance in the norms.
         head_width: d; `width / heads` unless told.
@@ -225,6 +226,7 @@ class BlockSettings:
     norm: Norm = "layer"
     before: bool = False
     dropout: float = 0.0
+    hidden_dropout: float | None = None
     bias: bool = True
     eps: float = 1e-5
     head_width: int | None = None
@@ -236,7 +238,8 @@ class BlockSettings:
 
     def make_mlp(self) -> MLP:
         """One MLP."""
-        return MLP(self.width, self.mlp, self.activation, self.dropout, self.bias)
+        dropout = self.dropout if self.hidden_dropout is None else self.hidden_dropout
+        return MLP(self.width, self.mlp, self.activation, dropout, self.bias)
 
     def make_norm(self) -> nn.Module:
         """One norm."""

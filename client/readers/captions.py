@@ -7,7 +7,8 @@ of exactly one                            texts
 ========================================  ==========================================================================
 
 `image` may also be called `file_name` or `path`, `caption` may be `text`; `part` and `site` may stand beside them as in
-a table of the reader `csv`. Images lie in `images/` or `Images/` beside the file, or beside it.
+a table of the reader `csv`. A key that is null is as if it were left out. Images lie in `images/` or `Images/` beside
+the file, or beside it.
 
 The first `data.captions` captions of an image are examples, all others are passed over. Each is kept with a copy of
 the image: N images of C x H x W pixels take N * captions * C * H * W bytes. They stay together, at one site and in one
@@ -96,7 +97,7 @@ def _samples(root: Path, wanted: Wanted | None, most: int, bad: Tolerance) -> li
     found: dict[Path, list[Row]] = {}
 
     def add(row: Row) -> None:
-        if not row.cell(caption):
+        if not row.text(caption):
             raise DataError(f"{row.where} has no caption", hint="Write one, or remove the line")
         found.setdefault(named(folders, row.cell(image), row.where), []).append(row)
 
@@ -106,7 +107,7 @@ def _samples(root: Path, wanted: Wanted | None, most: int, bad: Tolerance) -> li
         for row in others:
             if (own_part(row), own_site(row)) != (part, site):
                 raise DataError(f"{row.where} has another part or site than line {first.line} of the same image")
-        captions = [row.cell(caption) for row in found[path][:most]]
+        captions = [row.text(caption) for row in found[path][:most]]
         name = path.relative_to(file.parent).as_posix()
         return Sample(name, Picture(path, captions), part, site, tiles=len(captions) if most > 1 else 0)
 
@@ -140,7 +141,7 @@ def _objects(file: Path, bad: Tolerance) -> Table:
             data = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is no JSON: {error}", hint="Write one object a line") from None
-        told = data if isinstance(data, dict) else {}
+        told = {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else {}
         image, said = (next((told[name] for name in names if name in told), None) for names in (IMAGE, CAPTION))
         captions = [said] if isinstance(said, str) else said
         if not (isinstance(image, str) and isinstance(captions, list) and all(isinstance(c, str) for c in captions)):

@@ -18,7 +18,7 @@ from shared_models.registry import nearest
 
 SUFFIXES = {".csv", ".tsv", ".data"}
 DELIMITERS = ",;\t"
-MISSING = {"", "?", "na", "nan"}  # in any case
+MISSING = {"", "?", "na", "nan"}  # in any case; not of a text, which may say so
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -45,11 +45,15 @@ class Row:
         """For messages."""
         return f"line {self.line} of {shown(self.file)}"
 
-    def cell(self, column: str) -> str:
-        """The text of a cell, empty where it is missing; raises a DataError where the line has other columns."""
+    def text(self, column: str) -> str:
+        """What a cell says, whatever it is; raises a DataError where the line has other columns."""
         if len(self.values) != len(self.column):
             raise DataError(f"{self.where} has {len(self.values)} cells, the header {len(self.column)}")
-        text = self.values[self.column[spelling(column)]].strip()
+        return self.values[self.column[spelling(column)]].strip()
+
+    def cell(self, column: str) -> str:
+        """The word in a cell, empty where it is missing; raises a DataError where the line has other columns."""
+        text = self.text(column)
         return "" if text.lower() in MISSING else text
 
     def number(self, column: str) -> float:

@@ -87,6 +87,11 @@ def as_text(raw: bytes, path: Path) -> str:
     return text
 
 
+def lines_of(text: str) -> list[str]:
+    """A text's lines; nothing but a line feed ends one, for sentences may hold what Unicode calls a line's end."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def steps_of(name: str, where: str) -> list[str]:
     """The folders and the file of a relative path, written with either slash, that `where` names.
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from client.readers.base import PARTS, Reader, Store, Tolerance, Wanted, reader
-from client.readers.folders import PART_WORDS, all_or_none, listed, shown
+from client.readers.folders import PART_WORDS, all_or_none, lines_of, listed, shown
 from client.readers.samples import Sample
 from client.readers.texts import Text, read_plain, text_store, to_ids, tokenizer_of
 from shared_models.errors import ConfigError, DataError
@@ -63,7 +63,7 @@ class Parallel(Reader):
         """Lines of every file; every file that cannot be read."""
         bad = Tolerance(sys.maxsize)
         texts = bad.each([path for files in _all(root).values() for path in files.values()], read_plain)
-        return {"lines": {path.name: len(_split(text)) for path, text in texts}, "unreadable": bad.found}
+        return {"lines": {path.name: len(lines_of(text)) for path, text in texts}, "unreadable": bad.found}
 
 
 def _parts(root: Path, languages: Sequence[str]) -> dict[str, dict[str, Path]]:
@@ -92,7 +92,7 @@ def _all(root: Path) -> dict[str, dict[str, Path]]:
 
 
 def _lines(files: Sequence[Path]) -> list[Line]:
-    columns = [_split(read_plain(path)) for path in files]
+    columns = [lines_of(read_plain(path)) for path in files]
     if len(columns[0]) != len(columns[-1]):
         raise DataError(
             f"{shown(files[0])} has {len(columns[0])} lines and {shown(files[-1])} {len(columns[-1])}",
@@ -101,8 +101,3 @@ def _lines(files: Sequence[Path]) -> list[Line]:
     names = " and ".join([shown(files[0]), *(path.name for path in files[1:])])
     rows = zip(*columns, strict=True)
     return [Line(tuple(text.strip() for text in row), f"line {i} of {names}") for i, row in enumerate(rows, 1)]
-
-
-def _split(text: str) -> list[str]:
-    """A file's lines; nothing but a line feed ends one, for sentences may hold what Unicode calls a line's end."""
-    return text.removesuffix("\n").split("\n") if text else []

@@ -148,7 +148,7 @@ def _texts(tables: Sequence[Table], wanted: Wanted) -> Store:
         table.require(*wanted.data.text)
 
     def parse(row: Row) -> Sample[Text]:
-        text = " ".join(filter(None, (row.cell(column) for column in wanted.data.text)))
+        text = " ".join(filter(None, (row.text(column) for column in wanted.data.text)))
         if not text:
             raise DataError(f"{row.where} has no text", hint="Remove the line")
         about = Text(to_ids(text, tokenizer, length), torch.tensor(_label(row, wanted)))

@@ -3,7 +3,7 @@
 `data.cut` says what an example is:
 
 ========  =====================================================================================================
-lines     a line that is not empty
+lines     a line that is not empty; nothing but a line feed ends one
 windows   as many tokens as the job's length holds; pieces of one file follow one another
 roles     the same of all that one role says in a play, whose speeches are `NAME:` and the lines below it, set
           apart by empty lines; every role is a site
@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from client.readers.base import Reader, Store, Tolerance, Wanted, reader
-from client.readers.folders import listed, part_folders, shown
+from client.readers.folders import lines_of, listed, part_folders, shown
 from client.readers.samples import Sample, in_order
 from client.readers.texts import Text, read_plain, text_store, to_ids, tokenizer_of, windows
 from shared_models.errors import DataError
 
 SUFFIXES = (".txt", ".text", ".txt.gz", ".text.gz")
 SUFFIX = re.compile(r"\.te?xt(\.gz)?$", re.IGNORECASE)
-ROLE = re.compile(r"([^\n:]{1,60}):\n")
+ROLE = re.compile(r"([^\n:]{1,60}):[^\S\n]*\n")
 
 
 @reader("text")
@@ -65,7 +65,7 @@ class PlainText(Reader):
         """Files, lines that are not empty and characters; every file that cannot be read."""
         bad = Tolerance(sys.maxsize)
         texts = [text for _, text in bad.each([path for _, path in _files(root)], read_plain)]
-        lines = sum(bool(line.strip()) for text in texts for line in text.splitlines())
+        lines = sum(bool(line.strip()) for text in texts for line in lines_of(text))
         return {"files": len(texts), "lines": lines, "characters": sum(map(len, texts)), "unreadable": bad.found}
 
 
@@ -74,7 +74,7 @@ def _texts(whole: str, cut: str) -> Iterator[tuple[str, str, str]]:
     if cut == "windows":
         yield "", "", whole
     elif cut == "lines":
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(lines_of(whole), 1):
             if line.strip():
                 yield "", f"{number:07d}.", line.strip()
     else:

@@ -121,12 +121,13 @@ class Colorization(Pretext):
         """Over the cells of all images.
 
         `hits` int64, of the nearest bin; `distances` (152,) int64, cells whose colour is told to within 0, 1, ..., 150
-        and no nearer, the others in the last; `distance` float64, their sum; `cells`, `examples` int64; `loss` float64.
+        and no nearer, the others in the last, as are those of a model that has diverged; `distance` float64, their sum,
+        then NaN; `cells`, `examples` int64; `loss` float64.
         """
         truth = self._colours(batch.x)
         near, _ = soft_bins(truth)
         distance = (self.predict(outputs, batch) - truth).norm(dim=1)  # (B, h, w)
-        within = distance.ceil().long().clamp(max=FARTHEST + 1)
+        within = distance.nan_to_num(FARTHEST + 1).ceil().long().clamp(max=FARTHEST + 1)
         return {
             "hits": (outputs.argmax(dim=1) == near[:, 0]).sum().cpu(),
             "distances": torch.bincount(within.cpu().flatten(), minlength=FARTHEST + 2),

@@ -30,7 +30,8 @@ class DenoisingSettings(TextSettings):
     Attributes:
         noise: see the table above.
         hidden: share of a text's tokens that is gone, at least one (BART's 0.3; T5's is 0.15).
-        span: mean length of a span that is gone, in tokens (3 in both papers).
+        span: mean length of a span that is gone, in tokens (3 in both papers). There are 32 gaps: with noise `spans` a
+            text of which more than 32 * `span` tokens are gone has longer ones.
     """
 
     noise: Literal["infill", "spans"] = "infill"
@@ -65,7 +66,7 @@ def corrupt(ids: Tensor, share: float, mean: float, spans: bool) -> tuple[Tensor
     length = len(ids)
     text = ids[(ids >= TEXT) | (ids == UNKNOWN)].tolist()
     hidden = min(max(1, round(len(text) * share)), max(1, len(text) - 1), len(text))
-    count = min(max(1, round(hidden / mean)), hidden, max(1, len(text) - hidden), GAPS)
+    count = min(max(1, round(hidden / mean)), hidden, max(1, len(text) - hidden), GAPS if spans else hidden)
     read, write, gone = [BEGIN], [BEGIN], [False]
     done = 0
     for i, (start, end) in enumerate(draw_spans(len(text), hidden, count)):

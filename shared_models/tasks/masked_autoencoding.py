@@ -75,8 +75,8 @@ class MaskedAutoencoding(Pretext):
         """A backbone gets a `PixelDecoder` for its head.
 
         Raises:
-            ConfigError: the model is of neither kind, the patch does not divide the image, or all of it or nothing
-                would be hidden.
+            ConfigError: the model is of neither kind, the patch does not divide the image, all of it or nothing would
+                be hidden, or a patch is a single number and cannot be normalised.
         """
         chosen: MaskedAutoencodingSettings = self.settings
         if isinstance(model, MaskedAutoencoder):
@@ -103,6 +103,11 @@ class MaskedAutoencoding(Pretext):
             raise ConfigError(
                 f"task.ratio = {chosen.ratio} of {count} patches of side {patch} hides the whole image, or nothing",
                 hint="Set another ratio or smaller patches",
+            )
+        if chosen.normalise and sample[0] * patch**2 == 1:
+            raise ConfigError(
+                "task.normalise = true divides by a patch's deviation, and a patch of one grey pixel has no deviation",
+                hint="Set larger patches, or leave task.normalise out",
             )
         return model
 

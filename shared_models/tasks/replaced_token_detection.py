@@ -67,7 +67,8 @@ class ReplacedTokenDetection(TextTask):
         hidden = choose(batch.x, self.settings.hidden)
         guessed: Tensor = model.generator(torch.where(hidden, MASK, batch.x))  # (B, T, V)
         noise = -torch.log(-torch.log(torch.rand_like(guessed.detach().float()).clamp(1e-20, 1 - 1e-7)))
-        drawn = (guessed.detach().float() + noise).argmax(dim=2)  # (B, T): a draw from softmax(guessed)
+        chances = (guessed.detach().float() + noise)[..., PAD + 1 :]  # all ids but padding, which would hide a token
+        drawn = chances.argmax(dim=2) + PAD + 1  # (B, T): a draw from their softmax
         seen = torch.where(hidden, drawn, batch.x)
         judge: nn.Module = model
         generated = Said(guessed, batch.x.masked_fill(~hidden, PAD))

@@ -63,7 +63,9 @@ class Encoder(nn.Module):
     def __init__(self, settings: BERTSettings, embedding: int) -> None:
         super().__init__()
         width, heads, mlp = settings.width, settings.heads, settings.mlp
-        block = BlockSettings(width, heads, mlp, activation="gelu", dropout=settings.dropout, eps=EPS)
+        block = BlockSettings(
+            width, heads, mlp, activation="gelu", dropout=settings.dropout, hidden_dropout=0.0, eps=EPS
+        )
         self.project = nn.Linear(embedding, width) if embedding != width else nn.Identity()
         self.blocks = nn.ModuleList(EncoderBlock(block) for _ in range(settings.layers))
 

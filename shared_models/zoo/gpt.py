@@ -50,7 +50,7 @@ class GPTSettings(AttentionSettings):
         mlp: width of a block's hidden layer.
         heads: attention heads.
         std: standard deviation of all weights at the start.
-        dropout: after the embedding, the attention weights and each layer.
+        dropout: of the embedding, of the attention weights and of what attention and MLP add; not within the MLP.
         positions: places that have a row in their table; as many as the model sees tokens unless told. Published
             weights have 1024. Stages of a job need one number: the next token is said from one token less than a text
             has.
@@ -76,7 +76,13 @@ class GPT(nn.Module):
         self.positions = Positions("learnable", settings.positions or length, width)
         self.dropout = nn.Dropout(settings.dropout)
         block = BlockSettings(
-            width, settings.heads, settings.mlp, activation="gelu-tanh", before=True, dropout=settings.dropout
+            width,
+            settings.heads,
+            settings.mlp,
+            activation="gelu-tanh",
+            before=True,
+            dropout=settings.dropout,
+            hidden_dropout=0.0,
         )
         blocks = [EncoderBlock(block) for _ in range(settings.layers)]
         self.blocks = nn.ModuleList(blocks)

@@ -32,10 +32,14 @@ class KMeans(nn.Module):
         self.centroids = nn.Parameter(std * torch.randn(clusters, numbers))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, *shape) -> squared distances to the centroids, (B, K): |x|^2 - 2 x c + |c|^2."""
+        """(B, *shape) -> squared distances to the centroids, (B, K): |x|^2 - 2 x c + |c|^2.
+
+        In full precision whatever the job says: a small distance is a difference of large numbers.
+        """
         x = x.flatten(1)  # (B, D)
-        lengths = (x * x).sum(dim=1, keepdim=True) + (self.centroids * self.centroids).sum(dim=1)  # (B, K)
-        return (lengths - 2 * x @ self.centroids.T).clamp(min=0)
+        with torch.autocast(x.device.type, enabled=False):
+            lengths = (x * x).sum(dim=1, keepdim=True) + (self.centroids * self.centroids).sum(dim=1)  # (B, K)
+            return (lengths - 2 * x @ self.centroids.T).clamp(min=0)
 
 
 @model(

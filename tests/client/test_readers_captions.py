@@ -89,6 +89,19 @@ def test_json_lines_of_one_or_several_captions(tmp_path: Path, keys: tuple[str, 
         assert said(load(root, captions=5)) == ["one", "two\nlines", "three"]
 
 
+def test_a_caption_may_say_what_a_number_has_for_missing(tmp_path: Path) -> None:
+    pictures(tmp_path, ["a.png", "b.png"])
+    table(tmp_path, [("a.png", "NA"), ("b.png", " ? ")])
+    assert said(load(tmp_path)) == ["NA", "?"]
+
+
+def test_a_key_that_is_null_is_as_if_it_were_left_out(tmp_path: Path) -> None:
+    pictures(tmp_path, ["a.png"])
+    lines(tmp_path, [{"image": None, "path": "a.png", "caption": None, "text": "x", "part": None, "site": None}])
+    store = load(tmp_path)
+    assert (said(store), list(store.parts), list(store.sites)) == (["x"], [], [])
+
+
 # ---- several captions of an image ------------------------------------------------------------------------------------
 def test_captions_of_an_image_are_examples_of_one_group(tmp_path: Path) -> None:
     pictures(tmp_path / "images", ["a.png", "b.png"])
@@ -187,6 +200,7 @@ def test_a_broken_image_is_one_fault_however_many_captions_it_has(tmp_path: Path
         ("[]", "line 2 of .* has no image and caption"),
         ('{"image": "a.png"}', "has no image and caption"),
         ('{"image": 3, "caption": "x"}', "has no image and caption"),
+        ('{"image": "a.png", "caption": null}', "has no image and caption"),
         ('{"image": "a.png", "caption": [1]}', "has no image and caption"),
         ('{"image": "a.png", "caption": []}', "line 2 of .* has no caption"),
         ('{"image": "a.png", "caption": "x", "part": "exam"}', "is of the part 'exam'"),

@@ -17,6 +17,7 @@ from client.readers.base import PARTS, Store, Wanted
 from shared_models.boxes import PADDING
 from shared_models.errors import DataError
 from shared_models.job_parts import DataPart
+from shared_models.tokens import Bytes
 
 LABELS = ("healthy", "sick")
 NAN = math.nan
@@ -64,6 +65,15 @@ def test_missing_cells_drop_a_row_or_stay_open(tmp_path: Path, caplog: pytest.Lo
     assert store.x[:, 0].isnan().tolist() == [False, True, True, True, True]
     assert ["line 7 of" in line for line in store.skipped] == [True]  # a class has no mean
     assert torch.equal(store.normalise(store.x)[1:, 0], torch.zeros(4))
+
+
+def test_a_text_may_say_what_is_missing_for_a_number(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", "title,body,label", "?,,x", "NA, nan ,x", "na,said,?")
+    data = DataPart(shape=(16,), tokenizer="bytes", text=("title", "body"))
+    store = read("csv", file, Wanted(data, (), "none"))
+    assert [Bytes().decode(row) for row in store.x.tolist()] == ["?", "NA nan", "na said"]
+    with pytest.raises(DataError, match=r"line 4 of .*, column 'label'"):
+        read("csv", file, Wanted(data, ("x",), "class"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

@@ -107,6 +107,21 @@ def test_a_role_that_says_nothing_is_none(tmp_path: Path) -> None:
         texts(write(tmp_path / "prose.txt", "No play at all.\n"), cut="roles")
 
 
+def test_blanks_behind_a_roles_colon_are_nothing(tmp_path: Path) -> None:
+    plain = texts(write(tmp_path / "a.txt", PLAY), cut="roles")
+    blank = texts(write(tmp_path / "b.txt", PLAY.replace(":\n", ": \t\u00a0\n")), cut="roles")
+    assert torch.equal(blank.x, plain.x)
+    assert list(blank.sites) == list(plain.sites)
+
+
+def test_nothing_but_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "a\u2028b\x85c\x0bd\x0ce\rf\n\u2028\ng")
+    store = texts(file)
+    assert said(store.x) == ["a\u2028b\x85c\x0bd\x0ce\rf", "g"]
+    assert [name[-15:-8] for name in store.names] == ["0000001", "0000003"]
+    assert check(file, "text")["lines"] == 2
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("cut", ["lines", "windows", "roles"])
 @pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.text", "a.txt.gz", "a.TXT.GZ"])

@@ -240,6 +240,18 @@ def test_what_a_site_sends(make_job: MakeJob, sites: dict[str, Splits]) -> None:
     assert float(there["sums"]["shares"].sum()) == pytest.approx(1, abs=1e-6)
 
 
+def test_kmeans_measures_distances_in_full_precision() -> None:
+    """Far from 0 they are small differences of large numbers."""
+    source = torch.Generator().manual_seed(0)
+    net, x = kmeans.KMeans(4, 6, 0.1), 100 + torch.randn(5, 6, generator=source)
+    with torch.no_grad():
+        net.centroids.copy_(x[:4] + 0.1)
+        exact = net(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = net(x)
+    assert torch.equal(found, exact)
+
+
 def test_kmeans_learns_by_steps_too() -> None:
     """Three heaps about 0, trained by stochastic steps: each centroid stands in one of them."""
     source = torch.Generator().manual_seed(0)

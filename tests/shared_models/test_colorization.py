@@ -135,6 +135,17 @@ def test_loss_and_metrics_by_hand() -> None:
     assert values["loss"] == pytest.approx(float(task_loss.mean()))
 
 
+def test_a_model_that_has_diverged_is_as_far_from_the_colours_as_can_be() -> None:
+    task = make_task(a_job())
+    given = batch(of_lab([[60.0, 20.0, 30.0]]))
+    sums = task.sums(torch.full((1, 313, 2, 2), torch.nan), given)
+    assert sums["distances"].tolist() == [0] * 151 + [4]
+    values = task.values(sums)
+    assert values["auc"] == 0
+    assert math.isnan(values["distance"])
+    assert math.isnan(values["loss"])
+
+
 def test_area_under_the_curve_is_the_mean_over_the_thresholds() -> None:
     task = make_task(a_job((3, 32, 32)))
     source = torch.Generator().manual_seed(3)

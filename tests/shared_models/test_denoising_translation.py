@@ -155,6 +155,13 @@ def test_no_more_gaps_than_there_are_ids_for() -> None:
     assert not ((read >= TEXT) & torch.isin(read, written)).any()
 
 
+def test_infill_needs_no_gaps_and_keeps_the_mean_span_of_a_long_text() -> None:
+    with keyed_global(0):
+        read, _, gone = corrupt(numbered(1022, 1024), 0.3, 3.0, spans=False)
+    assert int(gone.sum()) == round(0.3 * 1022) == 307
+    assert int((read == MASK).sum()) == round(307 / 3) == 102
+
+
 @pytest.mark.parametrize("spans", [True, False])
 @pytest.mark.parametrize("given", [[BEGIN, END], [BEGIN, PAD], [BEGIN, END, PAD, PAD]])
 def test_a_text_of_no_tokens_stays_what_it_is(given: list[int], spans: bool) -> None:

@@ -140,6 +140,8 @@ def test_patches_of_a_backbone_are_those_of_the_job_or_the_steps_of_its_map() ->
         (("cnn",), {"ratio": 0.05}, "task.ratio = 0.05 of 4 patches of side 4 hides the whole image, or nothing"),
         (("cnn",), {"ratio": 0.95}, "hides the whole image, or nothing"),
         (("cnn",), {"ratio": 1.0}, "'ratio'"),
+        (("mae", (1, 8, 8), {"patch": 1}), {"normalise": True}, "a patch of one grey pixel has no deviation"),
+        (("cnn",), {"patch": 1, "normalise": True}, "a patch of one grey pixel has no deviation"),
     ],
 )
 def test_what_cannot_be(arguments: tuple[Any, ...], task: dict[str, Any], message: str) -> None:

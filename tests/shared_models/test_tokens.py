@@ -171,12 +171,32 @@ def test_a_file_that_cuts_and_pads_does_neither_here() -> None:
         assert changed.encode(text) == plain.encode(text)
 
 
+def test_a_file_that_drops_merges_at_random_does_not_here() -> None:
+    """BPE dropout (Provilkov et al. 2020) is for training a model on one text in many forms; a site reads it once."""
+    plain, written = make_tokenizer(trained()), json.loads(trained())
+    written["model"]["dropout"] = 0.9
+    changed = make_tokenizer(json.dumps(written))
+    for text in SENTENCES:
+        assert changed.encode(text) == plain.encode(text)
+
+
+def test_a_half_of_a_surrogate_pair_becomes_a_question_mark_for_a_file_too() -> None:
+    made = make_tokenizer(trained())
+    assert made.encode("the \ud83d cat") == made.encode("the ? cat")
+
+
 def test_ids_may_have_holes() -> None:
     made = make_tokenizer(words({"?": 2, "a": 0, "b": 7}))
     assert made.encode("a b") == [TEXT, TEXT + 7]
     assert made.size == TEXT + 8
     with pytest.raises(ConfigError, match="has an id of 4194304, the limit is 4194304"):
         make_tokenizer(words({"?": 2, "a": 0, "b": 2**22}))
+
+
+def test_no_file_has_as_many_ids_as_bytes() -> None:
+    """By the number of ids a model tells whether a token is a byte."""
+    sizes = [make_tokenizer(words({"?": 0, **{f"w{i}": i for i in range(1, n)}})).size - TEXT for n in (255, 256, 257)]
+    assert sizes == [255, 257, 257]
 
 
 def test_a_file_on_which_the_library_panics_is_one_line() -> None:
@@ -304,6 +324,7 @@ def test_form_and_sample_follow_from_shape_and_tokenizer() -> None:
     ("keys", "message"),
     [
         ({"shape": [1], "tokenizer": BYTES}, "shape of a text is one number, of at least 2 tokens"),
+        ({"shape": [3, 8, 8], "tokenizer": BYTES, "text_length": 1}, "greater than or equal to 2"),
         ({"shape": [8, 3], "tokenizer": BYTES}, "shape of a text is one number"),
         ({"shape": [8], "tokenizer": BYTES, "mean": [0.0]}, "tokens are not normalised"),
         ({"shape": [8], "tokenizer": BYTES, "normalise_by": "sites"}, "tokens are not normalised"),

@@ -286,13 +286,14 @@ def test_no_operation_is_in_place(in_place: Any, kind: Position) -> None:
         (lambda p: Attention(D, H, p), 1),  # the weights
         (lambda p: MLP(D, 24, dropout=p), 1),  # the hidden layer
         (lambda p: EncoderBlock(BlockSettings(D, H, 24, dropout=p)), 4),  # both, and what each adds to x
+        (lambda p: EncoderBlock(BlockSettings(D, H, 24, dropout=p, hidden_dropout=0.0)), 3),
     ],
 )
 def test_dropout_is_in_training_only(make: Callable[[float], nn.Module], places: int) -> None:
     torch.manual_seed(0)
     module, calls = make(0.5), []
     for part in module.modules():
-        if isinstance(part, nn.Dropout):
+        if isinstance(part, nn.Dropout) and part.p:
             part.register_forward_hook(lambda *_: calls.append(1))
     assert not torch.equal(module(x()), module(x()))
     assert len(calls) == 2 * places

@@ -275,6 +275,18 @@ def test_dropout_is_for_training_only(name: str) -> None:
         assert torch.equal(net.eval()(x), net(x))
 
 
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_nothing_is_dropped_within_the_mlp(name: str) -> None:
+    """As in the authors' code of all three: of the attention weights and of what each layer adds, no more."""
+    for each in (False, True):
+        rates = {
+            key: part.p for key, part in build(name, each, dropout=0.5).named_modules() if type(part) is nn.Dropout
+        }
+        within = {key for key in rates if "blocks." in key}
+        assert {rates[key] for key in within if key.endswith("mlp.dropout")} == {0.0}
+        assert {rates[key] for key in within if not key.endswith("mlp.dropout")} == {0.5}
+
+
 # ---- learned by heart ------------------------------------------------------------------------------------------------
 def by_heart() -> Tensor:
     """16 texts of 4 to 8 random tokens, between a begin and an end."""
