@@ -44,6 +44,7 @@ def check(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
     from client.readers import check as look
     from client.tls import site_credentials, verify_server
     from shared_models.errors import FedzooError
+    from shared_models.expiry import ending
 
     config = load(dir)
 
@@ -61,6 +62,9 @@ def check(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
         elif not -BEHIND_SECONDS < clock < AHEAD_SECONDS:
             problem = f"this machine's clock is {abs(clock):.0f} s {'ahead of' if clock > 0 else 'behind'} the server's"
         found = {"site": member.site, "status": member.status, "certificate_until": _iso(member.expires)}
+        if said := ending(member.expires):
+            advice = "ask the server's operator to revoke this site and invite it again"
+            found["warning"] = f"this node's certificate {said}; {advice}"
         return {**found, "clock_ahead_seconds": round(clock, 1), **({"problem": problem} if problem else {})}
 
     def private_data() -> dict[str, Any]:
