@@ -76,6 +76,7 @@ def start(dir: Dir = DEFAULT_DIR) -> None:
     """Run the server in the foreground until Ctrl-C."""
     import logging
     import os
+    from logging.handlers import RotatingFileHandler
 
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else every failed handshake of a stranger is printed
 
@@ -85,7 +86,7 @@ def start(dir: Dir = DEFAULT_DIR) -> None:
     config = load(dir)
     logs = ServerFolder(dir).logs
     logs.mkdir(exist_ok=True, mode=0o700)
-    handler = logging.FileHandler(logs / "server.log")
+    handler = RotatingFileHandler(logs / "server.log", maxBytes=10_000_000, backupCount=1)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("fedzoo")
     logger.setLevel(logging.INFO)
