@@ -147,6 +147,21 @@ def approve(
 
 
 @app.command()
+def forget(run: Annotated[str, typer.Argument(help="The run's id.")], dir: Dir = DEFAULT_DIR) -> None:
+    """Remove what this node keeps of a run that is over: also what never left it, as a personal head. Not the ledger.
+
+    A run that goes on after that begins anew here, and rounds that were paid for are not repeated.
+    """
+    from client.config import NodeFolder, load
+    from client.state import DiskState
+
+    site = load(dir).site
+    folder, files, size = DiskState(NodeFolder(dir).state, site).forget(run)
+    kept = f"{files} files, {size / 1e6:.2f} MB in {folder}"
+    typer.echo(f"removed what site '{site}' kept of run {run}: {kept}; what was spent of the data stays in the ledger")
+
+
+@app.command()
 def status(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
     """Show what the node does now, and the jobs that wait for approval."""
     from dataclasses import asdict
