@@ -44,6 +44,7 @@ def check(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
     from client.readers import check as look
     from client.tls import site_credentials, verify_server
     from shared_models.errors import FedzooError
+    from shared_models.expiry import ending
 
     config = load(dir)
 
@@ -61,6 +62,9 @@ def check(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
         elif not -BEHIND_SECONDS < clock < AHEAD_SECONDS:
             problem = f"this machine's clock is {abs(clock):.0f} s {'ahead of' if clock > 0 else 'behind'} the server's"
         found = {"site": member.site, "status": member.status, "certificate_until": _iso(member.expires)}
+        if said := ending(member.expires):
+            advice = "ask the server's operator to revoke this site and invite it again"
+            found["warning"] = f"this node's certificate {said}; {advice}"
         return {**found, "clock_ahead_seconds": round(clock, 1), **({"problem": problem} if problem else {})}
 
     def private_data() -> dict[str, Any]:
@@ -140,6 +144,21 @@ def approve(
     typer.echo(f"site '{config.site}' agrees to job {job}")
     if not (NodeFolder(dir).requests / f"{job}.toml").exists():
         typer.echo("the server has not asked for it yet; compare the hash with the one that was submitted")
+
+
+@app.command()
+def forget(run: Annotated[str, typer.Argument(help="The run's id.")], dir: Dir = DEFAULT_DIR) -> None:
+    """Remove what this node keeps of a run that is over: also what never left it, as a personal head. Not the ledger.
+
+    A run that goes on after that begins anew here, and rounds that were paid for are not repeated.
+    """
+    from client.config import NodeFolder, load
+    from client.state import DiskState
+
+    site = load(dir).site
+    folder, files, size = DiskState(NodeFolder(dir).state, site).forget(run)
+    kept = f"{files} files, {size / 1e6:.2f} MB in {folder}"
+    typer.echo(f"removed what site '{site}' kept of run {run}: {kept}; what was spent of the data stays in the ledger")
 
 
 @app.command()

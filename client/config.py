@@ -147,6 +147,11 @@ class NodeFolder:
         return self.root / "state"
 
     @property
+    def weights(self) -> Path:
+        """Files of weights that jobs may start from, where the variable FEDZOO_WEIGHTS names no other folder."""
+        return self.root / "weights"
+
+    @property
     def secret(self) -> Path:
         """What noise, sampling and masks are drawn from; see `shared_models.secret`."""
         return self.root / "secret"

@@ -19,7 +19,7 @@ from client.config import NodeFolder, load
 from client.pace import Pace
 from client.status import State, Status
 from client.verdict import REVOKED, UNREACHABLE, WORKER_READY, WORKER_SENDING, Verdict, of_exit, of_line
-from shared_models.errors import ConfigError, DeploymentError, EnrollmentError, FedzooError
+from shared_models.errors import ConfigError, DeploymentError, FedzooError
 from shared_models.files import private_folder, write_whole
 from shared_models.process import Child, flower_environment, free_port, require_free_port
 
@@ -230,7 +230,7 @@ def _environment(folder: NodeFolder) -> dict[str, str]:
 
 
 def _is_revoked(node_dir: Path) -> bool:
-    """Whether the server's membership service says, within some seconds, that this node is revoked or unknown."""
+    """Whether the membership service says, within some seconds, that this node is revoked, unknown or expired."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -238,10 +238,8 @@ def _is_revoked(node_dir: Path) -> bool:
 
         try:
             answers.append(whoami(node_dir).status == "revoked")
-        except EnrollmentError as error:
-            answers.append(error.code == "unknown-node")
-        except FedzooError:
-            return
+        except FedzooError as error:
+            answers.append(error.code in ("unknown-node", "certificate-refused"))
 
     thread = threading.Thread(target=ask, name="whoami", daemon=True)
     thread.start()

@@ -11,13 +11,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from shutil import rmtree
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from shared_models.errors import DataError, Rejected
+from shared_models.errors import ConfigError, DataError, Rejected
 from shared_models.files import private_folder, write_whole
 from shared_models.messages import Contribution, Instruction
 from shared_models.sums import Groups
@@ -160,6 +161,35 @@ class DiskState:
         write_whole(folder / f"{slot}.answer.bin", blob)
         answers = {asked: s for asked, s in answers.items() if s == last} | {_identity(instruction): slot}
         write_whole(folder / "current", json.dumps({"slot": slot, "answers": answers}).encode())
+
+    def runs(self) -> list[str]:
+        """The runs of which something is kept."""
+        folder = self.root / self.site
+        return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+    def forget(self, run: str) -> tuple[Path, int, int]:
+        """Remove all that is kept of a run: its folder, how many files were in it, and their bytes.
+
+        Cut off in between, the run is as before its first round; call it again.
+
+        Raises:
+            ConfigError: nothing is kept of such a run.
+            DataError: the files cannot be removed.
+        """
+        kept = self.runs()
+        if run not in kept:
+            raise ConfigError(
+                f"site '{self.site}' keeps nothing of a run '{run}'",
+                hint=f"It keeps {', '.join(kept)}" if kept else "It keeps nothing of any run",
+            )
+        folder = self._folder(run)
+        try:
+            sizes = [path.stat().st_size for path in folder.iterdir()]
+            (folder / "current").unlink(missing_ok=True)
+            rmtree(folder)
+        except OSError as error:
+            raise DataError(f"cannot remove {folder}: {error.strerror}", hint="Try again") from None
+        return folder, len(sizes), sum(sizes)
 
     def _folder(self, run: str) -> Path:
         if not re.fullmatch(NAME, run):

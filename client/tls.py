@@ -64,10 +64,10 @@ def verify_server(address: str, ca: bytes) -> None:
         host, _ = split_address(address)
         if error.verify_code in (_HOSTNAME_MISMATCH, _IP_MISMATCH):
             reason = f"the server's certificate is not for the host '{host}'"
-            hint = f"The operator makes a server with: fedzoo server init --host {host}"
+            hint = f"The operator adds '{host}' to hosts in server.toml, then: fedzoo server renew, and a restart"
         elif error.verify_code in (_NOT_YET_VALID, _EXPIRED):
             reason = f"the server's certificate is out of date: {error.verify_message}"
-            hint = "Check this machine's clock; if it is right, the operator must renew the certificate"
+            hint = "Check this machine's clock; if it is right, the server's operator renews it: fedzoo server renew"
         else:
             reason = f"the server at {address} is not of this federation: {error.verify_message}"
             hint = "Do not go on; ask the server's operator"

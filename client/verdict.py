@@ -39,7 +39,8 @@ STILL_ONLINE = Verdict(
 )
 REVOKED = Verdict(
     "refused",
-    "the server does not accept this node's key: it was revoked or never registered; ask the server's operator",
+    "the server does not accept this node's key: it was revoked, has expired or was never registered; "
+    "ask the server's operator",
     pause=REFUSED_PAUSE,
 )
 UNREACHABLE = Verdict("waiting", "the server does not answer; trying again")

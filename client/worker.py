@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import threading
 import time
@@ -45,6 +46,7 @@ from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
+from client.config import NodeFolder
 from client.pace import Pace
 from client.verdict import WORKER_READY, WORKER_SENDING
 from shared_models.errors import FedzooError
@@ -221,6 +223,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # what a job names is never looked for in the folder where somebody happened to start the node
+    os.environ["FEDZOO_WEIGHTS"] = os.environ.get("FEDZOO_WEIGHTS") or str(NodeFolder(options.node).weights.resolve())
     from client.flower_app import client_app
 
     try:

@@ -119,7 +119,18 @@ class Authority:
         return self._ca_certificate().fingerprint(hashes.SHA256()).hex()
 
     def issue_server(self, hosts: Sequence[str]) -> None:
-        """Write a new server key and certificate for `localhost`, `127.0.0.1` and `hosts`."""
+        """Write a new server key and certificate for `localhost`, `127.0.0.1` and `hosts`; nodes know the CA alone.
+
+        Two files: where the second is missed (a kill in between), call it again.
+
+        Raises:
+            ConfigError: the CA itself has ended.
+        """
+        if (end := self.ends(self.ca)) <= datetime.datetime.now(datetime.UTC):
+            raise ConfigError(
+                f"the certificate authority in {self.folder} ended on {end:%Y-%m-%d}: nothing it signs is valid",
+                hint="Make a new server (fedzoo server init) and let every site enroll there",
+            )
         key = ec.generate_private_key(ec.SECP384R1())
         names = [_general_name(host) for host in dict.fromkeys([*ALWAYS, *hosts])]
         certificate = (
@@ -130,6 +141,10 @@ class Authority:
         )
         write_whole(self.server_key, _private_pem(key))
         write_whole(self.server, certificate.public_bytes(PEM), mode=0o644)
+
+    def ends(self, path: Path) -> datetime.datetime:
+        """Until when one of the certificates here is valid, in UTC."""
+        return x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
 
     def sign(self, site: str, request: bytes) -> SiteCertificate:
         """Sign a site's request. Only its public key is taken from it: the name is `site`, whatever the request says.

@@ -56,10 +56,27 @@ def init(
 
 
 @app.command()
+def renew(dir: Dir = DEFAULT_DIR) -> None:
+    """Give the server a new key and certificate, for the hosts in server.toml. Enrolled sites need not do anything."""
+    from server.authority import Authority
+    from server.config import ServerFolder, load
+
+    config = load(dir)
+    authority = Authority.load(ServerFolder(dir).pki)
+    authority.issue_server(config.hosts)
+    end = f"{authority.ends(authority.server):%Y-%m-%d}"
+    typer.echo(
+        f"the server's certificate is valid until {end} for {', '.join(config.hosts)}; "
+        "a server that runs must be restarted to show it"
+    )
+
+
+@app.command()
 def start(dir: Dir = DEFAULT_DIR) -> None:
     """Run the server in the foreground until Ctrl-C."""
     import logging
     import os
+    from logging.handlers import RotatingFileHandler
 
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else every failed handshake of a stranger is printed
 
@@ -69,7 +86,7 @@ def start(dir: Dir = DEFAULT_DIR) -> None:
     config = load(dir)
     logs = ServerFolder(dir).logs
     logs.mkdir(exist_ok=True, mode=0o700)
-    handler = logging.FileHandler(logs / "server.log")
+    handler = RotatingFileHandler(logs / "server.log", maxBytes=10_000_000, backupCount=1)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("fedzoo")
     logger.setLevel(logging.INFO)
@@ -112,6 +129,7 @@ def make_invite(server_dir: Path, site: str, hours: float) -> str:
 def nodes(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
     """List the enrolled sites and whether they are online."""
     from server.config import ServerFolder, load
+    from server.expiry import may_connect
     from server.nodes import Roster
 
     load(dir)
@@ -119,11 +137,13 @@ def nodes(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
     rows = []
     for node in Roster(ServerFolder(dir).nodes).nodes():
         flower = (known or {}).get(node.public_key)
-        state = "revoked" if node.revoked else "unknown" if known is None else "offline"
+        allowed = may_connect(node)
+        barred = "revoked" if node.revoked else "expired"
+        online = "unknown" if known is None else "online" if flower and flower.online else "offline"
         rows.append(
             {
                 "site": node.site,
-                "state": "online" if flower and flower.online and not node.revoked else state,
+                "state": online if allowed else barred,
                 "enrolled": _iso(node.enrolled),
                 "last_seen": _iso(flower.last_seen) if flower else None,
                 "revoked": _iso(node.revoked),
@@ -164,8 +184,10 @@ def revoke(site: Annotated[str, typer.Argument(help="The site's name.")], dir: D
 
 @app.command()
 def status(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
-    """Say whether the server runs, where it listens and how many sites it has."""
+    """Say whether the server runs, where it listens, how many sites it has and which certificates end soon."""
+    from server.authority import Authority
     from server.config import ServerFolder, load
+    from server.expiry import warnings
     from server.nodes import Roster
 
     config = load(dir)
@@ -179,6 +201,7 @@ def status(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
         "enrolled": len(active),
         "online": sum(key in known and known[key].online for key in active) if known is not None else None,
         "revoked": len(roster) - len(active),
+        "warnings": (warned := warnings(Authority.load(ServerFolder(dir).pki), roster)),
     }
     if json_output:
         typer.echo(json.dumps(state, indent=2))
@@ -187,6 +210,8 @@ def status(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
     typer.echo("ports " + ", ".join(f"{name} {port}" for name, port in config.ports.model_dump().items()))
     online = f", {state['online']} online" if known is not None else ""
     typer.echo(f"sites {state['enrolled']} enrolled{online}, {state['revoked']} revoked")
+    for line in warned:
+        typer.echo(f"warning: {line}")
 
 
 def _flower_nodes(server_dir: Path) -> dict[bytes, FlowerNode] | None:

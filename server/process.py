@@ -18,6 +18,7 @@ import grpc
 from server.authority import Authority
 from server.config import ServerFolder, load
 from server.enrollment import start_services
+from server.expiry import may_connect
 from server.flower_control import FlowerControl
 from server.nodes import Roster
 from server.runs import renew_leases
@@ -27,6 +28,7 @@ from shared_models.process import require_free_port
 
 POLL_SECONDS = 0.2
 RENEW_SECONDS = 3.0
+LOOK_SECONDS = 3600.0  # how long a site's certificate may have ended before its node is shut out
 log = logging.getLogger("fedzoo.server")
 
 
@@ -60,12 +62,14 @@ def serve(server_dir: Path, on_ready: Callable[[], None] = lambda: None) -> None
             running.callback(_stop_service, service)
         resume(folder, control)
         on_ready()
-        lost, due = False, 0.0
+        lost, due, look = False, 0.0, time.monotonic() + LOOK_SECONDS
         while not stop.wait(POLL_SECONDS):
             lost = superlink.supervise() or lost
             with suppress(DeploymentError):  # SuperLink is not up yet; the next turn tries again
-                if lost:
+                if lost or time.monotonic() >= look:
                     shut_out(roster, control)
+                    look = time.monotonic() + LOOK_SECONDS
+                if lost:
                     resume(folder, control)
                     lost = False
                 elif time.monotonic() >= due:
@@ -74,8 +78,8 @@ def serve(server_dir: Path, on_ready: Callable[[], None] = lambda: None) -> None
 
 
 def reconcile(roster: Roster, control: FlowerControl) -> None:
-    """Make Flower know exactly the roster's active nodes: register those it lacks, unregister all others."""
-    active = {node.public_key: node for node in roster.nodes() if node.revoked is None}
+    """Make Flower know exactly the nodes that may connect: register those it lacks, unregister all others."""
+    active = {node.public_key: node for node in roster.nodes() if may_connect(node)}
     known = {node.public_key: node for node in control.nodes()}
     for key in known.keys() - active.keys():
         control.unregister(known[key].node_id)
@@ -90,10 +94,13 @@ def reconcile(roster: Roster, control: FlowerControl) -> None:
 
 
 def shut_out(roster: Roster, control: FlowerControl) -> None:
-    """Unregister what was revoked while SuperLink was away; a key that is being enrolled just now is left alone."""
-    revoked = {node.public_key for node in roster.nodes() if node.revoked is not None}
+    """Unregister what was revoked while SuperLink was away, and what has ended meanwhile.
+
+    A key that is being enrolled just now is left alone.
+    """
+    barred = {node.public_key for node in roster.nodes() if not may_connect(node)}
     for node in control.nodes():
-        if node.public_key in revoked:
+        if node.public_key in barred:
             control.unregister(node.node_id)
 
 

@@ -69,6 +69,8 @@ class SuperLink:
     def supervise(self) -> bool:
         """Start SuperLink again, with growing pauses, where it has ended; True when it was started just now."""
         now = time.monotonic()
+        if self._child is not None:
+            self._child.new_lines()  # nobody reads them here, but so its log stays within bounds
         if self._child is not None and (code := self._child.exit_code()) is not None:
             self._wait = FIRST_WAIT if now - self._started > STABLE_SECONDS else min(2 * self._wait, LONGEST_WAIT)
             log.error(

@@ -68,7 +68,10 @@ def show(
     ] = "",
     classes: Annotated[int, typer.Option(min=1, help="How many labels.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 32,
-    weights: Annotated[str, typer.Option(metavar="FILE", help="Weights to load; says what of them fits.")] = "",
+    weights: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Weights to load, below $FEDZOO_WEIGHTS or here; says what of them fits."),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """The card of one model: what it is, and what one size of it costs on this machine."""

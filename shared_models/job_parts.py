@@ -166,7 +166,8 @@ class WeightsPart(Part):
 
     Attributes:
         file: a file (safetensors, torch) or a Hugging Face folder, below the folder that the environment variable
-            FEDZOO_WEIGHTS names, or the current one; never a hub. A node needs it where `[share]` keeps something.
+            FEDZOO_WEIGHTS names; without it, a node's own `weights/`, elsewhere the current folder. Never a hub, and
+            nothing outside. A node needs it where `[share]` keeps something.
         sha256: of the file; another file is refused. Of a folder: of its weights file.
         rename: (pattern, replacement) pairs, regular expressions that turn its keys into the model's, after the
             model's own.
@@ -175,6 +176,16 @@ class WeightsPart(Part):
     file: str = ""
     sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     rename: tuple[tuple[str, str], ...] = ()
+
+    @field_validator("file")
+    @classmethod
+    def _below_the_folder(cls, file: str) -> str:
+        if file.startswith("/") or ".." in file.split("/"):
+            raise ValueError(
+                f"'{file}' should be a name below the folder of weights, without a leading '/' and '..'; "
+                "the environment variable FEDZOO_WEIGHTS says which folder that is"
+            )
+        return file
 
 
 class SharePart(Part):

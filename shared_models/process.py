@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from shared_models.errors import DeploymentError
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
 _MAX_LOG_BYTES = 10_000_000
+_TAIL_BYTES = 10_000
 
 
 def _die_with_parent() -> None:
@@ -81,6 +83,8 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
 class Child:
     """One supervised process in a session of its own, its output in a log file (one older one is kept, as `.1`).
 
+    Call `new_lines` from time to time, else the log grows without bound.
+
     Start it from the main thread: the kernel ties its life to the thread that started it.
     """
 
@@ -91,6 +95,7 @@ class Child:
         if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
             log.replace(log.with_name(f"{log.name}.1"))
         self._offset = self._read = log.stat().st_size if log.exists() else 0
+        self._begun = self._before = b""  # a line that is not whole yet; the end of what has gone to `.1`
         with log.open("ab") as sink:
             self.process = subprocess.Popen(
                 list(command),
@@ -113,17 +118,46 @@ class Child:
 
     def tail(self, lines: int = 12) -> str:
         """The last lines this child (not an earlier one) wrote to its log."""
-        with self.log.open("rb") as source:
-            source.seek(self._offset)
-            return "\n".join(source.read().decode(errors="replace").splitlines()[-lines:])
+        written = self._before + self._written(self._offset)
+        return "\n".join(written.decode(errors="replace").splitlines()[-lines:])
 
     def new_lines(self) -> list[str]:
-        """The whole lines it wrote since the last call."""
-        with self.log.open("rb") as source:
-            source.seek(self._read)
-            whole, newline, _ = source.read().rpartition(b"\n")
-        self._read += len(whole) + len(newline)
+        """The whole lines it wrote since the last call. A log that has grown too large begins anew."""
+        found = self._written(self._read)
+        self._read += len(found)
+        if self._read > _MAX_LOG_BYTES:
+            found += self._begin_anew()
+        whole, _, self._begun = (self._begun + found).rpartition(b"\n")
         return whole.decode(errors="replace").splitlines()
+
+    def _written(self, offset: int) -> bytes:
+        """What is in the log from there on; nothing where somebody has removed it."""
+        try:
+            with self.log.open("rb") as source:
+                source.seek(offset)
+                return source.read()
+        except FileNotFoundError:
+            return b""
+
+    def _begin_anew(self) -> bytes:
+        """Copy the log to `.1` and empty it: the child, which appends, goes on at its start. What was not read yet.
+
+        What it writes between the two, within microseconds, is lost. Where the disk is full there is no copy.
+        """
+        older = self.log.with_name(f"{self.log.name}.1")
+        with self.log.open("r+b") as log:
+            try:
+                with older.open("wb") as sink:
+                    shutil.copyfileobj(log, sink)
+            except OSError:
+                older.unlink(missing_ok=True)
+            log.seek(self._read)
+            unread = log.read()
+            log.seek(max(self._offset, log.tell() - _TAIL_BYTES))
+            self._before = log.read()
+            log.truncate(0)
+        self._offset = self._read = 0
+        return unread
 
     def stop(self, grace: float = 8.0) -> None:
         """SIGTERM to the whole group, SIGKILL to what is left after `grace` seconds."""

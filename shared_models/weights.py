@@ -97,13 +97,13 @@ def load_weights(model: nn.Module, part: WeightsPart, renames: Renames = ()) -> 
         renames: the model's own.
 
     Raises:
-        ConfigError: there is no such file, it cannot be read, it is another one than the job's hash says, or nothing in
-            it has a place in this model.
+        ConfigError: there is no such file, a link leads out of the folder, it cannot be read, it is another one than
+            the job's hash says, or nothing in it has a place in this model.
     """
     path = find_weights(part.file)
     if path is None:
         raise ConfigError(
-            f"there is no weights file '{part.file}' in {' or '.join(map(str, _roots()))}",
+            f"there is no weights file '{part.file}' in {_root()}",
             hint=f"Put it there, or name its folder in the environment variable {FOLDER}; nothing is ever downloaded",
         )
     sha256, theirs = _read(tuple(_stamp(file) for file in _files(path)))
@@ -151,13 +151,24 @@ def load_weights(model: nn.Module, part: WeightsPart, renames: Renames = ()) -> 
 
 
 def find_weights(file: str) -> Path | None:
-    """The file or folder below $FEDZOO_WEIGHTS or the current directory; an absolute path as it is."""
-    return next((root / file for root in _roots() if os.path.exists(root / file)), None)
+    """The file or folder below the folder of weights, where there is one."""
+    path = _root() / file
+    return path if os.path.exists(path) else None
 
 
-def _roots() -> list[Path]:
-    named = os.environ.get(FOLDER)
-    return [Path(named), Path.cwd()] if named else [Path.cwd()]
+def _root() -> Path:
+    """The one folder that weights are read from: $FEDZOO_WEIGHTS, or else the current one."""
+    return Path(os.environ.get(FOLDER) or Path.cwd())
+
+
+def _confined(path: Path) -> Path:
+    """The path, once it is known that no link on it leads out of the folder of weights."""
+    if not path.resolve().is_relative_to(_root().resolve()):
+        raise ConfigError(
+            f"weights {path} lead to {path.resolve()}, which is not in {_root()}",
+            hint=f"Copy what is meant into that folder, or name the folder that holds both in {FOLDER}",
+        )
+    return path
 
 
 def _names(theirs: Sequence[str], ours: set[str], renames: Renames) -> dict[str, str]:
@@ -191,11 +202,12 @@ def _names(theirs: Sequence[str], ours: set[str], renames: Renames) -> dict[str,
 
 def _files(path: Path) -> list[Path]:
     """The files that hold the tensors: the path itself, or what is in a Hugging Face folder."""
-    if not path.is_dir():
+    if not _confined(path).is_dir():
         return [path]
     name = next((n for n in IN_A_FOLDER if (path / n).is_file()), None)
     if name is None:
         raise ConfigError(f"the folder {path} holds no weights", hint=f"It needs one of {', '.join(IN_A_FOLDER)}")
+    _confined(path / name)
     if not name.endswith(".index.json"):
         return [path / name]
     try:
@@ -206,7 +218,7 @@ def _files(path: Path) -> list[Path]:
     for shard in shards:
         if Path(shard).name != shard or not (path / shard).is_file():
             raise ConfigError(f"the weights in {path} are not complete: {name} names '{shard}', which is not there")
-    return [path / shard for shard in shards]
+    return [_confined(path / shard) for shard in shards]
 
 
 def _stamp(path: Path) -> tuple[Path, int, int]:

@@ -36,9 +36,9 @@ def node(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
-def member(monkeypatch, state: str = "active", clock: float = 0.0) -> None:
+def member(monkeypatch, state: str = "active", clock: float = 0.0, until: float = 2e9) -> None:
     """The membership service says so; `clock` is how far the server's clock is ahead."""
-    monkeypatch.setattr(client.enroll, "whoami", lambda _: Membership("a", state, 2e9, time.time() + clock))
+    monkeypatch.setattr(client.enroll, "whoami", lambda _: Membership("a", state, until, time.time() + clock))
 
 
 def check(node: Path) -> tuple[int, dict]:
@@ -75,6 +75,19 @@ def test_check_of_who_this_node_is(node, monkeypatch, state, clock, problem):
     code, report = check(node)
     assert code == (1 if problem else 0)
     assert (problem in report["identity"]["problem"]) if problem else "problem" not in report["identity"]
+
+
+def test_check_warns_before_the_certificate_ends(node, monkeypatch):
+    member(monkeypatch, until=time.time() + 12.5 * 86400)
+    code, report = check(node)
+    assert code == 0  # it works today
+    assert ", in 12 days; " in report["identity"]["warning"]
+    assert "operator to revoke this site and invite it again" in report["identity"]["warning"]
+    assert (
+        "  warning: this node's certificate ends on 20" in CliRunner().invoke(app, ["check", "--dir", str(node)]).output
+    )
+    member(monkeypatch, until=time.time() + 61 * 86400)
+    assert "warning" not in check(node)[1]["identity"]
 
 
 def test_check_goes_on_after_a_problem_and_ends_with_1(node, monkeypatch):

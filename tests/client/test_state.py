@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import files
 from torch import Tensor
+from typer.testing import CliRunner
 
 import client.state
+from client.cli import app
+from client.config import ClientConfig, NodeFolder, load, save
+from client.ledger import open_ledger
 from client.state import DiskState, MemoryState, State
-from shared_models.errors import DataError, Rejected
+from shared_models.errors import ConfigError, DataError, Rejected
 from shared_models.job import Job
 from shared_models.messages import Contribution, Instruction
+from shared_models.privacy import Spend
 from shared_models.sums import Groups
 from shared_models.wire import encode_contribution
 
@@ -223,6 +229,70 @@ def test_a_pointer_of_another_form_is_damage(tmp_path: Path, ask: Callable[..., 
                 lambda: state.save(ask(1), kept_after(1), answer_to(ask(1), 1))):  # fmt: skip
         with pytest.raises(DataError, match="current"):
             act()
+
+
+def forget(node: Path, run: str) -> str:
+    result = CliRunner().invoke(app, ["forget", run, "--dir", str(node)])
+    if result.exception:
+        raise result.exception
+    return result.output
+
+
+@pytest.fixture
+def node(tmp_path: Path, ask: Callable[..., Instruction]) -> Path:
+    """Site `a` with what it keeps of two runs, and a ledger with an entry of the first."""
+    addresses = dict.fromkeys(("fleet", "enrollment", "membership"), "localhost:1")
+    data = {"folder": "/data/chest", "format": "imagefolder"}
+    save(tmp_path, ClientConfig.model_validate({"site": "a", "server": addresses, "data": data}))
+    state = DiskState(NodeFolder(tmp_path).state, "a")
+    for run in ("run-1", "run-2"):
+        state.save(ask(run=run), kept_after(1), answer_to(ask(run=run), 1))
+        state.keep_start(run, 1, {"w": torch.ones(3)})
+    spent = {"spend": Spend(1.0, 0.02, 10), "delta": 1e-6, "unit": "sample", "digest": "x", "job": "demo"}
+    ledger = open_ledger(tmp_path, load(tmp_path))
+    ledger.reserve(run="run-1", task=0, round=0, dataset="/data/chest", **spent)
+    return tmp_path
+
+
+def test_what_is_kept_of_a_run_is_forgotten_and_nothing_else(node: Path, ask: Callable[..., Instruction]) -> None:
+    state = DiskState(NodeFolder(node).state, "a")
+    size = sum(path.stat().st_size for path in (node / "state" / "a" / "run-1").iterdir())
+    before = files(node)
+    assert forget(node, "run-1") == (
+        f"removed what site 'a' kept of run run-1: 5 files, {size / 1e6:.2f} MB in {node}/state/a/run-1; "
+        "what was spent of the data stays in the ledger\n"
+    )
+    gone = {path for path in before if "/state/a/run-1" in path}
+    assert files(node) == {path: content for path, content in before.items() if path not in gone}
+    assert (node / "state" / "ledger.json").exists()
+    assert state.replay(ask(run="run-1")) is None
+    assert same(state.load("run-2"), kept_after(1))
+    assert [entry.run for entry in open_ledger(node, load(node)).entries()] == ["run-1"]
+
+
+@pytest.mark.parametrize("run", ["run-3", "..", ".", "", "../a/run-1", "/etc", "a/b"])
+def test_a_run_that_is_not_kept_cannot_be_forgotten(node: Path, run: str) -> None:
+    before = files(node)
+    with pytest.raises(ConfigError) as error:
+        forget(node, run)
+    assert str(error.value) == f"site 'a' keeps nothing of a run '{run}'. It keeps run-1, run-2"
+    assert files(node) == before
+
+
+def test_forgetting_that_was_cut_off_leaves_the_run_as_before_its_first_round(
+    node: Path, ask: Callable[..., Instruction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client.state, "rmtree", full)
+        with pytest.raises(DataError, match=r"cannot remove .*run-1: Permission denied"):
+            forget(node, "run-1")
+    state = DiskState(NodeFolder(node).state, "a")
+    assert (state.load("run-1"), state.replay(ask(run="run-1"))) == ({}, None)
+    forget(node, "run-1")
+    assert not (node / "state" / "a" / "run-1").exists()
 
 
 @pytest.mark.parametrize("run", ["../b", "..", ".", "", "/etc", "a/b", "x/../../b", ".hidden", "a\n", "a\0", "a" * 300])

@@ -28,9 +28,11 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal
 from flwr.supernode.runtime import run_clientapp
 
-from client import supernode, worker
+from client import flower_app, supernode, worker
 from server.flower_control import build_fab
+from shared_models.errors import ConfigError
 from shared_models.process import Child, flower_environment, free_port
+from shared_models.weights import find_weights
 
 ROOT = Path(worker.__file__).parents[1]
 
@@ -73,6 +75,30 @@ def test_pauses_of_the_main_loop_follow_the_traffic(monkeypatch):
         start_client_internal.time.sleep(3)
     assert slept[-1] == 3.0
     assert pull_objects.__kwdefaults__["initial_backoff"] == 0.05
+
+
+@pytest.mark.parametrize(("named", "folder"), [(None, "weights"), ("", "weights"), ("theirs", "theirs")])
+def test_a_node_looks_for_weights_in_its_own_folder_and_not_where_it_was_started(tmp_path, monkeypatch, named, folder):
+    """Also by the file's own name: what lies where the worker was started is no job's business."""
+    monkeypatch.setenv("FEDZOO_WEIGHTS", "")  # is put back afterwards, as it was before
+    monkeypatch.delenv("FEDZOO_WEIGHTS") if named is None else monkeypatch.setenv(
+        "FEDZOO_WEIGHTS", named and str(tmp_path / named)
+    )
+    for name in ("weights", "theirs", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "here" / "private.pt").touch()
+    (tmp_path / folder / "shared.pt").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    found = []
+
+    def app(*_, **__):
+        found.extend(find_weights(name) for name in ("private.pt", "shared.pt"))
+        raise ConfigError("no node")
+
+    monkeypatch.setattr(flower_app, "client_app", app)
+    with pytest.raises(SystemExit):
+        worker.main(["--node", "..", "--supernode", "127.0.0.1:1"])
+    assert found == [None, (tmp_path / folder / "shared.pt")]
 
 
 @pytest.mark.parametrize("where", ["pull_object", "confirm_message_received"])

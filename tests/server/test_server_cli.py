@@ -92,7 +92,7 @@ def test_nodes_and_status_of_a_server_that_does_not_run(folder: ServerFolder) ->
         fedzoo("revoke", "a", *where)
 
 
-@pytest.mark.parametrize("command", [["start"], ["nodes"], ["status"], ["invite", "a"], ["revoke", "a"]])
+@pytest.mark.parametrize("command", [["start"], ["renew"], ["nodes"], ["status"], ["invite", "a"], ["revoke", "a"]])
 def test_a_folder_that_is_no_server(tmp_path: Path, command: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"there is no .*server\.toml\. Make a server first"):
         fedzoo(*command, "--dir", str(tmp_path))

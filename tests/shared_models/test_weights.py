@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from shared_models.errors import ConfigError
 from shared_models.job_parts import WeightsPart
 from shared_models.models import configure
+from shared_models.validation import validate
 from shared_models.weights import Difference, Match, _read, find_weights, load_weights
 
 State = dict[str, Tensor]
@@ -116,12 +117,10 @@ def test_the_hash_is_of_the_weights_file_or_of_all_shards(folder: Path, name: st
 
 def test_where_a_file_is_looked_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = tmp_path / "here" / "a.pth"
-    assert find_weights("a.pth") is None
     here.touch()
-    assert find_weights("a.pth") == here
+    assert find_weights("a.pth") is None  # where a folder is named, that folder alone
     (folder / "a.pth").touch()
-    assert find_weights("a.pth") == folder / "a.pth"  # the named folder is asked first
-    assert find_weights(str(here)) == here
+    assert find_weights("a.pth") == folder / "a.pth"
     monkeypatch.delenv("FEDZOO_WEIGHTS")
     assert find_weights("a.pth") == here
     here.unlink()
@@ -131,6 +130,43 @@ def test_where_a_file_is_looked_for(folder: Path, tmp_path: Path, monkeypatch: p
         f"there is no weights file 'a.pth' in {here.parent}. Put it there, or name its folder in the environment "
         "variable FEDZOO_WEIGHTS; nothing is ever downloaded"
     )
+
+
+@pytest.mark.parametrize("file", ["/etc/hostname", "../secret.pth", "a/../../secret.pth", "a/.."])
+def test_a_job_names_no_file_outside_the_folder(file: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(WeightsPart, {"file": file}, "[weights]")
+    assert str(error.value) == (
+        f"[weights]: 'file': '{file}' should be a name below the folder of weights, without a leading '/' and '..'; "
+        "the environment variable FEDZOO_WEIGHTS says which folder that is"
+    )
+
+
+@pytest.mark.parametrize(
+    "link",
+    ["a.pth", "hub", "hub/model.safetensors", "sharded/part-1.safetensors", "sharded/model.safetensors.index.json"],
+)
+def test_a_link_does_not_lead_out_of_the_folder(folder: Path, tmp_path: Path, link: str) -> None:
+    for name in ("a.pth", "hub", "sharded"):
+        SOURCES[name](folder / name)
+    (folder / link).rename(tmp_path / "outside")
+    (folder / link).symlink_to(tmp_path / "outside")
+    with pytest.raises(ConfigError) as error:
+        load(Path(link).parts[0])
+    assert str(error.value) == (
+        f"weights {folder / link} lead to {tmp_path / 'outside'}, which is not in {folder}. "
+        "Copy what is meant into that folder, or name the folder that holds both in FEDZOO_WEIGHTS"
+    )
+
+
+def test_a_link_within_the_folder_is_followed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a Hugging Face cache has it: `snapshots` link to `blobs`. The folder itself may be a link."""
+    SOURCES["hub"](folder / "hub")
+    (folder / "hub" / "model.safetensors").rename(folder / "blob")
+    (folder / "hub" / "model.safetensors").symlink_to("../blob")
+    (tmp_path / "there").symlink_to(folder)
+    monkeypatch.setenv("FEDZOO_WEIGHTS", str(tmp_path / "there"))
+    assert same(load("hub")[0], values())
 
 
 def test_a_file_is_read_once_until_it_changes(folder: Path) -> None:
