@@ -129,17 +129,31 @@ def approve(
     job: Annotated[str, typer.Argument(metavar="HASH", help="The job's hash, 64 hex digits; it may be run again.")],
     dir: Dir = DEFAULT_DIR,
 ) -> None:
-    """Agree to a job, also while the node runs. It is written into client.toml; remove it there to withdraw."""
-    from client.config import NodeFolder, PolicyPart, load, save
-    from shared_models.validation import validate
+    """Agree to a job, also while the node runs. It is written into client.toml; `client withdraw` takes it back."""
+    from client.config import load
+    from client.consent import agree
 
-    config = load(dir)
-    approved = tuple(dict.fromkeys((*config.policy.approve, job)))
-    policy = validate(PolicyPart, {**config.policy.model_dump(), "approve": approved}, "client approve")
-    save(dir, config.model_copy(update={"policy": policy}))
-    typer.echo(f"site '{config.site}' agrees to job {job}")
-    if not (NodeFolder(dir).requests / f"{job}.toml").exists():
+    known = agree(dir, job)
+    typer.echo(f"site '{load(dir).site}' agrees to job {job}")
+    if not known:
         typer.echo("the server has not asked for it yet; compare the hash with the one that was submitted")
+
+
+@app.command()
+def withdraw(
+    job: Annotated[str, typer.Argument(metavar="HASH", help="The hash of a job that this site has agreed to.")],
+    dir: Dir = DEFAULT_DIR,
+) -> None:
+    """Take the consent to a job back, also while the node runs; a round that runs already ends first."""
+    from client.config import load
+    from client.consent import withdraw as take_back
+
+    every = take_back(dir, job)
+    typer.echo(f"site '{load(dir).site}' no longer agrees to job {job}: its next instruction is refused")
+    typer.echo("a round that runs already ends first, and its answer leaves")
+    typer.echo("what `client start` was given (--approve, --approve-all) lasts until the node is stopped")
+    if every:
+        typer.echo("approve_all = true stands in client.toml, so the job still runs: set it to false")
 
 
 @app.command()

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from flwr.app import Context, Message
 
-from client.config import ClientConfig, NodeFolder, load
+from client.config import ClientConfig, NodeFolder, PolicyPart, load
 from client.handler import Handler
 from client.ledger import open_ledger
-from client.policy import Policy
+from client.policy import Policy, Required
 from client.protection import Protection
 from client.readers import read
 from client.readers.base import Splits, Wanted
@@ -36,22 +36,20 @@ def client_app(
 
     Args:
         node_dir: an enrolled node's folder.
-        approve: job hashes approved on the command line, besides those in `client.toml`.
-        approve_all: approve every job.
+        approve: job hashes approved on the command line, as long as this process lives, besides those that
+            `client.toml` names when an instruction comes.
+        approve_all: approve every job, as long.
 
     Raises:
         ConfigError: `client.toml` or an approved hash cannot be, or this machine has not that device.
     """
     config, folder = load(node_dir), NodeFolder(node_dir)
-    policy = Policy(
-        (*config.policy.approve, *approve),
-        approve_all=approve_all or config.policy.approve_all,
-        requests=folder.requests,
-        as_written=True,
-        later=lambda: load(node_dir).policy.approve,
-        statistics=config.policy.statistics,
-        privacy=config.privacy.require,
-    )
+
+    def written() -> tuple[PolicyPart, Required]:
+        now = load(node_dir)
+        return now.policy, now.privacy.require
+
+    policy = Policy(approve, approve_all=approve_all, requests=folder.requests, as_written=True, written=written)
     device = make_device(config.device)
     log.info("models train on %s", torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU")
     ledger = open_ledger(node_dir, config)

@@ -16,7 +16,7 @@ import client.readers
 import client.tls
 from client import status
 from client.cli import app
-from client.config import ClientConfig, NodeFolder, save
+from client.config import ClientConfig, NodeFolder, PolicyPart, load, save
 from client.enroll import Membership
 from client.status import Status
 from shared_models.errors import ConfigError, DataError, UnknownNameError
@@ -110,6 +110,28 @@ def test_status_shows_what_waits_for_approval(node):
     }
     assert text.startswith("refused: why\nprocess 7, 2 restarts, since 1970-01-01T00:00:00Z\n")
     assert f"fedzoo client approve {'a' * 64}" in text
+
+
+def test_consent_is_given_and_withdrawn(node):
+    one, other = "a" * 64, "b" * 64
+
+    def say(*words: str) -> str:
+        result = CliRunner().invoke(app, [*words, "--dir", str(node)])
+        assert result.exit_code == 0, result.exception
+        return result.output
+
+    for job in (one, other, one):
+        say("approve", job)
+    assert load(node).policy.approve == (one, other)
+    said = say("withdraw", one)
+    assert load(node).policy.approve == (other,)
+    assert said.startswith(f"site 'a' no longer agrees to job {one}")
+    assert "a round that runs already ends first" in said
+    assert "until the node is stopped" in said
+    assert "approve_all" not in said
+    save(node, load(node).model_copy(update={"policy": PolicyPart(approve=(other,), approve_all=True)}))
+    assert "approve_all = true" in say("withdraw", other)
+    assert load(node).policy == PolicyPart(approve_all=True)
 
 
 def test_a_mistyped_approval_ends_before_anything_starts(node):

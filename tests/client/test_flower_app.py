@@ -113,6 +113,58 @@ def test_approval_in_client_toml(node: Path, instruction: Instruction) -> None:
         assert ask(client_app(node), to_record(*encode_instruction(instruction))).code == code
 
 
+def test_consent_is_withdrawn_while_the_node_runs(node: Path, instruction: Instruction) -> None:
+    """Whatever client.toml said when it started; only what the command line said stays."""
+    config, job = client.flower_app.load(node), instruction.job.hash
+    asked = to_record(*encode_instruction(instruction))
+    for given in (PolicyPart(approve=(job,)), PolicyPart(approve_all=True)):
+        save(node, config.model_copy(update={"policy": given}))
+        app, told, told_all = client_app(node), client_app(node, approve=[job]), client_app(node, approve_all=True)
+        assert [ask(a, asked).code for a in (app, told, told_all)] == ["ok"] * 3
+        save(node, config)
+        assert [ask(a, asked).code for a in (app, told, told_all)] == ["not-approved", "ok", "ok"]
+        save(node, config.model_copy(update={"policy": given}))
+        assert ask(app, asked).code == "ok"
+
+
+def test_what_a_site_gives_and_takes_is_read_anew(node: Path, make_job: Callable[..., Job]) -> None:
+    summing = make_job(model={"name": "kmeans"}, task={"name": "clustering"}, method={"name": "lloyd"})
+    config, app = client.flower_app.load(node), client_app(node, approve_all=True)
+
+    probe = Instruction("probe", "run-7", "hospital-a", summing, "", rounds=2)
+
+    def code() -> str:
+        return ask(app, to_record(*encode_instruction(probe))).code
+
+    before = code()
+    for part, word in (
+        ({"policy": PolicyPart(statistics=False)}, "no-statistics"),
+        ({"privacy": PrivacyPart(require="any")}, "privacy-required"),
+        ({}, before),
+    ):
+        save(node, config.model_copy(update=part))
+        assert code() == word
+    assert before == "fingerprint"  # it passed the policy
+
+
+@pytest.mark.parametrize("broken", ["[policy]\napprove = 3\n", "site = ", None])
+def test_nothing_runs_while_client_toml_cannot_be_read(
+    node: Path, instruction: Instruction, caplog: pytest.LogCaptureFixture, broken: str | None
+) -> None:
+    """It may be there that consent was withdrawn; so not even what the command line said."""
+    path = NodeFolder(node).config
+    config, asked = path.read_bytes(), to_record(*encode_instruction(instruction))
+    app = client_app(node, approve=[instruction.job.hash], approve_all=True)
+    path.unlink() if broken is None else path.write_text(broken)
+    reply = ask(app, asked)
+    assert (reply.code, reply.groups, reply.metrics) == ("policy-unreadable", {}, {})
+    assert "what this site permits cannot be read" in caplog.text
+    assert str(path) in caplog.text
+    assert not list(NodeFolder(node).requests.glob("*"))
+    path.write_bytes(config)
+    assert ask(app, asked).code == "ok"
+
+
 def test_a_site_that_takes_only_jobs_with_privacy(node: Path, instruction: Instruction) -> None:
     config = client.flower_app.load(node)
     save(node, config.model_copy(update={"privacy": PrivacyPart(require="any")}))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from client.config import PolicyPart
 from client.handler import Handler
 from client.policy import Policy
 from client.state import MemoryState
@@ -173,14 +174,16 @@ def test_a_node_takes_part_in_federations_only(make_job: Callable[..., Job]) -> 
             Policy([job.hash], as_written=True).require(replace(ask(job), rounds=2))
 
 
-def test_approval_while_the_node_runs(make_job: Callable[..., Job]) -> None:
-    job, agreed = make_job(), []
-    policy = Policy(later=lambda: agreed)
+def test_what_is_written_counts_at_each_instruction(make_job: Callable[..., Job]) -> None:
+    job, written = make_job(), PolicyPart()
+    policy = Policy(written=lambda: (written, "none"))
     instruction = Instruction("probe", "r", "a", job, "")
-    with pytest.raises(PolicyError, match=f"fedzoo client approve {job.hash}"):
+    for given in (PolicyPart(approve=(job.hash,)), PolicyPart(approve_all=True)):
+        written = PolicyPart()
+        with pytest.raises(PolicyError, match=f"fedzoo client approve {job.hash}"):
+            policy.require(instruction)
+        written = given
         policy.require(instruction)
-    agreed.append(job.hash)
-    policy.require(instruction)
 
 
 # ---- jobs without privacy --------------------------------------------------------------------------------------------

@@ -1,0 +1,51 @@
+"""Agreeing to a job and withdrawing: what is written into `client.toml`, which a running node reads at every step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from client.config import ClientConfig, NodeFolder, PolicyPart, load, save
+from shared_models.errors import ConfigError
+from shared_models.validation import validate
+
+
+def agree(node_dir: Path, job: str) -> bool:
+    """Approve a job from the next instruction on.
+
+    Returns:
+        Whether the job is known here: the server has asked for it, or it was approved before.
+
+    Raises:
+        ConfigError: it is no hash, or `client.toml` cannot be read.
+    """
+    config = load(node_dir)
+    known = job in config.policy.approve or (NodeFolder(node_dir).requests / f"{job}.toml").exists()
+    _write(node_dir, config, tuple(dict.fromkeys((*config.policy.approve, job))), "client approve")
+    return known
+
+
+def withdraw(node_dir: Path, job: str) -> bool:
+    """Approve a job no longer, from the next instruction on.
+
+    Returns:
+        Whether `client.toml` agrees to every job, and so to this one nevertheless.
+
+    Raises:
+        ConfigError: it was not approved there, or `client.toml` cannot be read.
+    """
+    config = load(node_dir)
+    path, policy = NodeFolder(node_dir).config, config.policy
+    if job not in policy.approve:
+        raise ConfigError(
+            f"job {job} is not approved in {path}",
+            hint="There every job is: set approve_all = false"
+            if policy.approve_all
+            else "What was given to `client start` lasts until the node is stopped",
+        )
+    _write(node_dir, config, tuple(known for known in policy.approve if known != job), "client withdraw")
+    return policy.approve_all
+
+
+def _write(node_dir: Path, config: ClientConfig, approved: tuple[str, ...], where: str) -> None:
+    policy = validate(PolicyPart, {**config.policy.model_dump(), "approve": approved}, where)
+    save(node_dir, config.model_copy(update={"policy": policy}))
