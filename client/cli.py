@@ -157,6 +157,26 @@ def withdraw(
 
 
 @app.command()
+def audit(
+    dir: Dir = DEFAULT_DIR,
+    last: Annotated[int, typer.Option(min=1, metavar="N", help="How many lines.")] = 20,
+    json_output: Json = False,
+) -> None:
+    """Show the last lines of the site's own record: what it was asked, what it answered, what it agreed to."""
+    from client.audit import Audit
+    from client.config import NodeFolder, load
+
+    load(dir)
+    found = Audit(NodeFolder(dir).audit).last(last)
+    if json_output:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for line in found:
+        facts = (f"{name}={value}" for name, value in line.items() if name not in ("time", "event"))
+        typer.echo(" ".join((line["time"], line["event"], *facts)))
+
+
+@app.command()
 def status(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
     """Show what the node does now, and the jobs that wait for approval."""
     from dataclasses import asdict

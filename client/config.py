@@ -167,6 +167,11 @@ class NodeFolder:
         return self.root / "logs"
 
     @property
+    def audit(self) -> Path:
+        """What this site was asked and answered; see `client.audit`."""
+        return self.logs / "audit.jsonl"
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         """Every folder an enrolled node has."""
         return (self.root, self.ca.parent, self.flower, self.state, self.requests, self.logs)

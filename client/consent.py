@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from client.audit import Audit
 from client.config import ClientConfig, NodeFolder, PolicyPart, load, save
 from shared_models.errors import ConfigError
 from shared_models.validation import validate
@@ -17,10 +18,13 @@ def agree(node_dir: Path, job: str) -> bool:
 
     Raises:
         ConfigError: it is no hash, or `client.toml` cannot be read.
+        PolicyError: the site's record cannot be written; then nothing is approved.
     """
     config = load(node_dir)
     known = job in config.policy.approve or (NodeFolder(node_dir).requests / f"{job}.toml").exists()
-    _write(node_dir, config, tuple(dict.fromkeys((*config.policy.approve, job))), "client approve")
+    agreed = _approving(config, tuple(dict.fromkeys((*config.policy.approve, job))), "client approve")
+    Audit(NodeFolder(node_dir).audit).write("approve", job=job)
+    save(node_dir, agreed)
     return known
 
 
@@ -32,6 +36,7 @@ def withdraw(node_dir: Path, job: str) -> bool:
 
     Raises:
         ConfigError: it was not approved there, or `client.toml` cannot be read.
+        PolicyError: the site's record cannot be written; the job is withdrawn nevertheless.
     """
     config = load(node_dir)
     path, policy = NodeFolder(node_dir).config, config.policy
@@ -42,10 +47,12 @@ def withdraw(node_dir: Path, job: str) -> bool:
             if policy.approve_all
             else "What was given to `client start` lasts until the node is stopped",
         )
-    _write(node_dir, config, tuple(known for known in policy.approve if known != job), "client withdraw")
+    left = tuple(known for known in policy.approve if known != job)
+    save(node_dir, _approving(config, left, "client withdraw"))
+    Audit(NodeFolder(node_dir).audit).write("withdraw", job=job)
     return policy.approve_all
 
 
-def _write(node_dir: Path, config: ClientConfig, approved: tuple[str, ...], where: str) -> None:
+def _approving(config: ClientConfig, approved: tuple[str, ...], where: str) -> ClientConfig:
     policy = validate(PolicyPart, {**config.policy.model_dump(), "approve": approved}, where)
-    save(node_dir, config.model_copy(update={"policy": policy}))
+    return config.model_copy(update={"policy": policy})

@@ -292,7 +292,9 @@ def test_a_port_in_use_stops_the_start_and_nothing_else(server: dict[str, int], 
 # The node
 
 
-@pytest.mark.parametrize("command", [["start"], ["check"], ["status"], ["approve", "a" * 64], ["withdraw", "a" * 64]])
+@pytest.mark.parametrize(
+    "command", [["start"], ["check"], ["status"], ["approve", "a" * 64], ["withdraw", "a" * 64], ["audit"]]
+)
 def test_no_node_here(refused, here: Path, command: list[str]) -> None:
     has(refused("client", *command), "fedzoo-node", "Enroll first: fedzoo client enroll INVITE")
     (here / "empty").mkdir()

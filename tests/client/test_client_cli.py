@@ -19,7 +19,7 @@ from client.cli import app
 from client.config import ClientConfig, NodeFolder, PolicyPart, load, save
 from client.enroll import Membership
 from client.status import Status
-from shared_models.errors import ConfigError, DataError, UnknownNameError
+from shared_models.errors import ConfigError, DataError, PolicyError, UnknownNameError
 
 ROOT = Path(client.__file__).parents[1]
 
@@ -132,6 +132,26 @@ def test_consent_is_given_and_withdrawn(node):
     save(node, load(node).model_copy(update={"policy": PolicyPart(approve=(other,), approve_all=True)}))
     assert "approve_all = true" in say("withdraw", other)
     assert load(node).policy == PolicyPart(approve_all=True)
+
+
+def test_consent_stands_in_the_record(node):
+    job = "a" * 64
+    for word in ("approve", "withdraw"):
+        assert CliRunner().invoke(app, [word, job, "--dir", str(node)]).exit_code == 0
+    found = json.loads(CliRunner().invoke(app, ["audit", "--dir", str(node), "--json"]).output)
+    assert [(line["event"], line["job"]) for line in found] == [("approve", job), ("withdraw", job)]
+    (line,) = CliRunner().invoke(app, ["audit", "--last", "1", "--dir", str(node)]).output.splitlines()
+    assert line == f"{found[1]['time']} withdraw job={job}"
+
+
+def test_no_consent_without_a_line_but_a_withdrawal(node):
+    job = "a" * 64
+    save(node, load(node).model_copy(update={"policy": PolicyPart(approve=("b" * 64,))}))
+    NodeFolder(node).audit.mkdir(parents=True)
+    for word, given in (("approve", job), ("withdraw", "b" * 64)):
+        result = CliRunner().invoke(app, [word, given, "--dir", str(node)])
+        assert isinstance(result.exception, PolicyError)
+    assert load(node).policy.approve == ()
 
 
 def test_a_mistyped_approval_ends_before_anything_starts(node):
