@@ -130,11 +130,13 @@ def approve(
     dir: Dir = DEFAULT_DIR,
 ) -> None:
     """Agree to a job, also while the node runs. It is written into client.toml; `client withdraw` takes it back."""
-    from client.config import load
+    from client.config import NodeFolder, load
     from client.consent import agree
 
     known = agree(dir, job)
     typer.echo(f"site '{load(dir).site}' agrees to job {job}")
+    if (kept := NodeFolder(dir).approved / f"{job}.toml").exists():
+        typer.echo(f"what it agreed to is kept in {kept}")
     if not known:
         typer.echo("the server has not asked for it yet; compare the hash with the one that was submitted")
 

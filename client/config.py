@@ -162,6 +162,11 @@ class NodeFolder:
         return self.root / "requests"
 
     @property
+    def approved(self) -> Path:
+        """The same, once they were approved: what this site has agreed to."""
+        return self.requests / "approved"
+
+    @property
     def logs(self) -> Path:
         """Logs of the node's processes."""
         return self.root / "logs"

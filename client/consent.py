@@ -7,11 +7,12 @@ from pathlib import Path
 from client.audit import Audit
 from client.config import ClientConfig, NodeFolder, PolicyPart, load, save
 from shared_models.errors import ConfigError
+from shared_models.files import private_folder
 from shared_models.validation import validate
 
 
 def agree(node_dir: Path, job: str) -> bool:
-    """Approve a job from the next instruction on.
+    """Approve a job from the next instruction on; its request, where there is one, moves to `requests/approved/`.
 
     Returns:
         Whether the job is known here: the server has asked for it, or it was approved before.
@@ -21,10 +22,21 @@ def agree(node_dir: Path, job: str) -> bool:
         PolicyError: the site's record cannot be written; then nothing is approved.
     """
     config = load(node_dir)
-    known = job in config.policy.approve or (NodeFolder(node_dir).requests / f"{job}.toml").exists()
+    folder = NodeFolder(node_dir)
+    request, kept = folder.requests / f"{job}.toml", folder.approved / f"{job}.toml"
+    known = job in config.policy.approve or request.exists()
     agreed = _approving(config, tuple(dict.fromkeys((*config.policy.approve, job))), "client approve")
-    Audit(NodeFolder(node_dir).audit).write("approve", job=job)
+    Audit(folder.audit).write("approve", job=job)
     save(node_dir, agreed)
+    if request.exists():
+        try:
+            private_folder(folder.approved)
+            request.replace(kept)
+        except OSError as error:
+            raise ConfigError(
+                f"job {job} is approved, but {request} cannot be moved to {kept}: {error.strerror}",
+                hint="Move or delete it by hand",
+            ) from None
     return known
 
 

@@ -16,6 +16,8 @@ from shared_models.schedule import round_budget, task_of
 from shared_models.sent import sent
 
 MAX_REQUESTS = 100
+MAX_REQUEST_BYTES = 16_000_000  # of one job as TOML: a large tokenizer's file has about 10 MB
+MAX_BYTES = 64_000_000  # of all requests together
 Required = Literal["none", "sample", "client", "any"]
 
 
@@ -25,7 +27,8 @@ class Policy:
     Args:
         approved: job hashes, 64 hex digits each, approved as long as this policy lives.
         approve_all: approve whatever comes, as long: for demos and simulations.
-        requests: folder that receives the text of each job that asked and was not approved, `<hash>.toml`; at most 100.
+        requests: folder that receives the text of each job that asked and was not approved, `<hash>.toml`: the newest
+            100, or 64 MB. A job of more than 16 MB is not kept (code `too-large`).
         as_written: refuse work that the job does not say: another budget, round or task. A node's choice; the
             simulator's baselines share a budget out in other ways.
         statistics: whether the site gives sums over its training examples, where a job wants them. If not, it refuses
@@ -88,7 +91,7 @@ class Policy:
                 _require_no_sums(instruction)
             return
         if self.requests is not None:
-            self._keep_request(job)
+            _keep(self.requests, job)
         raise PolicyError(
             f"job '{job.name}' asks to {instruction.kind} on this site's data and is not approved",
             hint=f"Read the request, then: fedzoo client approve {job.hash}",
@@ -107,12 +110,38 @@ class Policy:
                 code="policy-unreadable",
             ) from None
 
-    def _keep_request(self, job: Job) -> None:
-        assert self.requests is not None
-        self.requests.mkdir(parents=True, exist_ok=True)
-        path = self.requests / f"{job.hash}.toml"
-        if not path.exists() and len(list(self.requests.glob("*.toml"))) < MAX_REQUESTS:
-            write_whole(path, job.to_toml())
+
+def _keep(requests: Path, job: Job) -> None:
+    """Write the request, once; the oldest ones make room for it.
+
+    Raises:
+        PolicyError: it is too large, or cannot be written.
+    """
+    path = requests / f"{job.hash}.toml"
+    try:
+        requests.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            return
+        text = job.to_toml().encode()
+        if len(text) > MAX_REQUEST_BYTES:
+            raise PolicyError(
+                f"job '{job.name}' has {len(text) / 1e6:.1f} MB, and a request of more than "
+                f"{MAX_REQUEST_BYTES / 1e6:g} MB is not kept: nothing was written",
+                hint=f"Who has the job from the server's operator agrees by: fedzoo client approve {job.hash}",
+                code="too-large",
+            )
+        known = sorted(requests.glob("*.toml"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+        sizes = [p.stat().st_size for p in known]
+        while known and (len(known) >= MAX_REQUESTS or sum(sizes) + len(text) > MAX_BYTES):
+            known.pop(0).unlink(missing_ok=True)
+            sizes.pop(0)
+        write_whole(path, text)
+    except OSError as error:
+        raise PolicyError(
+            f"job '{job.name}' is not approved, and its request cannot be kept in {requests}: "
+            f"{error.strerror or error}; nothing was written",
+            hint="Free space or mend the folder, and it is kept when the server asks again",
+        ) from None
 
 
 def _require_privacy(job: Job, required: Required) -> None:

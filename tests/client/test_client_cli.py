@@ -134,6 +134,23 @@ def test_consent_is_given_and_withdrawn(node):
     assert load(node).policy == PolicyPart(approve_all=True)
 
 
+def test_an_approved_request_waits_no_longer(node):
+    """Its text is kept, so that the site can read what it has agreed to."""
+    job, requests = "a" * 64, NodeFolder(node).requests
+    requests.mkdir()
+    (requests / f"{job}.toml").write_text("what was asked")
+    said = CliRunner().invoke(app, ["approve", job, "--dir", str(node)]).output
+    assert "has not asked for it yet" not in said
+    assert list(requests.glob("*.toml")) == []
+    assert (requests / "approved" / f"{job}.toml").read_text() == "what was asked"
+    assert str(requests / "approved" / f"{job}.toml") in said
+    CliRunner().invoke(app, ["withdraw", job, "--dir", str(node)])
+    now = CliRunner().invoke(app, ["status", "--dir", str(node), "--json"]).output
+    assert json.loads(now)["requests"] == []
+    (requests / f"{job}.toml").write_text("asked again")
+    assert json.loads(CliRunner().invoke(app, ["status", "--dir", str(node), "--json"]).output)["requests"] == [job]
+
+
 def test_consent_stands_in_the_record(node):
     job = "a" * 64
     for word in ("approve", "withdraw"):
