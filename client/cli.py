@@ -36,6 +36,18 @@ def enroll(
 
 
 @app.command()
+def renew(
+    invite: Annotated[str, typer.Argument(help="A new string for this site from the server's operator.")],
+    dir: Dir = DEFAULT_DIR,
+) -> None:
+    """Give this node a new key and certificate; its ledger, its state and what it agreed to stay. Stop it first."""
+    from client.enroll import renew as join_again
+
+    config = join_again(invite, dir)
+    typer.echo(f"'{config.site}' in {dir} has a new certificate. Next: fedzoo client check --dir {dir}")
+
+
+@app.command()
 def check(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
     """Look whether data and ledger can be read, the server reached, and who this node is. Ends with 1 on a problem."""
     from client.config import NodeFolder, load
