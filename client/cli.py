@@ -36,6 +36,18 @@ def enroll(
 
 
 @app.command()
+def renew(
+    invite: Annotated[str, typer.Argument(help="A new string for this site from the server's operator.")],
+    dir: Dir = DEFAULT_DIR,
+) -> None:
+    """Give this node a new key and certificate; its ledger, its state and what it agreed to stay. Stop it first."""
+    from client.enroll import renew as join_again
+
+    config = join_again(invite, dir)
+    typer.echo(f"'{config.site}' in {dir} has a new certificate. Next: fedzoo client check --dir {dir}")
+
+
+@app.command()
 def check(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
     """Look whether data and ledger can be read, the server reached, and who this node is. Ends with 1 on a problem."""
     from client.config import NodeFolder, load
@@ -133,17 +145,53 @@ def approve(
     job: Annotated[str, typer.Argument(metavar="HASH", help="The job's hash, 64 hex digits; it may be run again.")],
     dir: Dir = DEFAULT_DIR,
 ) -> None:
-    """Agree to a job, also while the node runs. It is written into client.toml; remove it there to withdraw."""
-    from client.config import NodeFolder, PolicyPart, load, save
-    from shared_models.validation import validate
+    """Agree to a job, also while the node runs. It is written into client.toml; `client withdraw` takes it back."""
+    from client.config import NodeFolder, load
+    from client.consent import agree
 
-    config = load(dir)
-    approved = tuple(dict.fromkeys((*config.policy.approve, job)))
-    policy = validate(PolicyPart, {**config.policy.model_dump(), "approve": approved}, "client approve")
-    save(dir, config.model_copy(update={"policy": policy}))
-    typer.echo(f"site '{config.site}' agrees to job {job}")
-    if not (NodeFolder(dir).requests / f"{job}.toml").exists():
+    known = agree(dir, job)
+    typer.echo(f"site '{load(dir).site}' agrees to job {job}")
+    if (kept := NodeFolder(dir).approved / f"{job}.toml").exists():
+        typer.echo(f"what it agreed to is kept in {kept}")
+    if not known:
         typer.echo("the server has not asked for it yet; compare the hash with the one that was submitted")
+
+
+@app.command()
+def withdraw(
+    job: Annotated[str, typer.Argument(metavar="HASH", help="The hash of a job that this site has agreed to.")],
+    dir: Dir = DEFAULT_DIR,
+) -> None:
+    """Take the consent to a job back, also while the node runs; a round that runs already ends first."""
+    from client.config import load
+    from client.consent import withdraw as take_back
+
+    every = take_back(dir, job)
+    typer.echo(f"site '{load(dir).site}' no longer agrees to job {job}: its next instruction is refused")
+    typer.echo("a round that runs already ends first, and its answer leaves")
+    typer.echo("what `client start` was given (--approve, --approve-all) lasts until the node is stopped")
+    if every:
+        typer.echo("approve_all = true stands in client.toml, so the job still runs: set it to false")
+
+
+@app.command()
+def audit(
+    dir: Dir = DEFAULT_DIR,
+    last: Annotated[int, typer.Option(min=1, metavar="N", help="How many lines.")] = 20,
+    json_output: Json = False,
+) -> None:
+    """Show the last lines of the site's own record: what it was asked, what it answered, what it agreed to."""
+    from client.audit import Audit
+    from client.config import NodeFolder, load
+
+    load(dir)
+    found = Audit(NodeFolder(dir).audit).last(last)
+    if json_output:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for line in found:
+        facts = (f"{name}={value}" for name, value in line.items() if name not in ("time", "event"))
+        typer.echo(" ".join((line["time"], line["event"], *facts)))
 
 
 @app.command()

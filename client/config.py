@@ -54,7 +54,7 @@ class DataPart(Part):
 
 
 class PolicyPart(Part):
-    """`[policy]`: what may run here without being asked for on the command line.
+    """`[policy]`: what may run here without being asked for on the command line; read anew at each instruction.
 
     Attributes:
         approve: hashes of the jobs this site has agreed to, 64 hex digits each.
@@ -78,7 +78,7 @@ class PrivacyPart(Part):
             that is renamed or moved begins at zero.
         ledger: the ledger's folder, seen from the node's; nodes of one site that read the same data share one.
         require: which jobs are taken: `none`, any; `sample` or `client`, those of that privacy mode; `any`, those of
-            either.
+            either. It is read anew at each instruction, the other keys when the node starts.
     """
 
     cap_epsilon: Annotated[float, Field(gt=0)] = 8.0
@@ -167,9 +167,19 @@ class NodeFolder:
         return self.root / "requests"
 
     @property
+    def approved(self) -> Path:
+        """The same, once they were approved: what this site has agreed to."""
+        return self.requests / "approved"
+
+    @property
     def logs(self) -> Path:
         """Logs of the node's processes."""
         return self.root / "logs"
+
+    @property
+    def audit(self) -> Path:
+        """What this site was asked and answered; see `client.audit`."""
+        return self.logs / "audit.jsonl"
 
     @property
     def folders(self) -> tuple[Path, ...]:

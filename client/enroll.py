@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +18,20 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from client.config import ClientConfig, NodeFolder, load, save
+from client.status import only_process
 from client.tls import fetch_ca, site_credentials, verify_server
 from shared_models import enrollment_pb2 as pb
 from shared_models import enrollment_pb2_grpc as rpc
 from shared_models.errors import ConfigError, DataError, DeploymentError, EnrollmentError
-from shared_models.files import private_folder, write_whole
+from shared_models.files import private_folder, sync_folder, write_whole
 from shared_models.invite import REFUSALS, Invite, decode, refusal
 from shared_models.validation import validate
 
 CALL_SECONDS = 60.0
+CARRY_OVER = (
+    "for the same data, carry over the old folder's ledger/, state/ledger.json, secret, and [privacy] and [policy] of "
+    "its client.toml, else what was spent and agreed to is forgotten"
+)
 _DIRECT = [("grpc.enable_http_proxy", 0)]  # as the TLS check before it, which knows no proxy
 
 
@@ -72,7 +77,7 @@ def enroll(invite: str, node_dir: Path, data_folder: Path, data_format: str) -> 
     ticket = decode(invite)
     ticket.require_fresh()
     if node_dir.exists() or node_dir.is_symlink():
-        raise ConfigError(f"{node_dir} exists already", hint="A node's folder is made once; name a new one with --dir")
+        raise ConfigError(f"{node_dir} exists already", hint=_instead(node_dir))
     if not data_folder.is_dir():
         raise DataError(f"there is no data folder {data_folder}", hint="Name the site's data with --data")
     from client.readers.base import readers  # imports torch, so late
@@ -92,6 +97,63 @@ def enroll(invite: str, node_dir: Path, data_folder: Path, data_format: str) -> 
         config = _config(reply, ticket, data_folder, data_format)
         save(scratch, config)
     return config
+
+
+def renew(invite: str, node_dir: Path) -> ClientConfig:
+    """Give an enrolled node a new key and certificate of the same federation, in its folder.
+
+    Only `pki/site.key`, `pki/site.crt` and `[server]` of `client.toml` change, and they change when the new ones are
+    all on the disk: what the site spent, keeps and agreed to stays. A process that is killed between the last renames
+    leaves a node that the server refuses; it is renewed again, with another invite.
+
+    Args:
+        invite: the string from `fedzoo server invite` for this very site.
+        node_dir: an enrolled node's folder; the node must not run.
+
+    Returns:
+        What stands in `client.toml` now.
+
+    Raises:
+        ConfigError: the folder is not an enrolled node's, or the invite is for another site or federation.
+        DeploymentError: the node runs, or the server cannot be reached.
+        EnrollmentError: as for `enroll`.
+    """
+    ticket = decode(invite)
+    ticket.require_fresh()
+    config, folder = load(node_dir), NodeFolder(node_dir)
+    if ticket.site != config.site:
+        raise ConfigError(
+            f"the invite is for '{ticket.site}', and this node is '{config.site}'",
+            hint="Ask the server's operator for an invite for this site",
+        )
+    if not _is_of(folder, ticket):
+        raise ConfigError(
+            f"the invite is of another federation than {node_dir}, which has another certificate authority",
+            hint=f"Enroll into a new folder; {CARRY_OVER}",
+        )
+    ca = fetch_ca(ticket.address, ticket.fingerprint)
+    verify_server(ticket.address, ca)
+    new_key, new_certificate = (p.with_name(f".{p.name}.new") for p in (folder.key, folder.certificate))
+    try:
+        with only_process(node_dir):
+            key = ec.generate_private_key(ec.SECP384R1())
+            write_whole(new_key, _openssh(key))
+            reply = _ask(ticket, ca, _request(key, ticket.site))
+            write_whole(new_certificate, _checked(reply, key, ca), mode=0o644)
+            server = _config(reply, ticket, config.data.folder, config.data.format).server
+            renewed = config.model_copy(update={"server": server})
+            if renewed != config:
+                save(node_dir, renewed)
+            new_key.replace(folder.key)
+            new_certificate.replace(folder.certificate)
+            sync_folder(folder.key.parent)
+    except OSError as error:
+        raise ConfigError(f"cannot renew the node in {node_dir}: {error.strerror or error}") from None
+    finally:
+        for path in (new_key, new_certificate):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+    return renewed
 
 
 def whoami(node_dir: Path) -> Membership:
@@ -131,6 +193,27 @@ def _ask(ticket: Invite, ca: bytes, request: bytes) -> pb.EnrollReply:
     with _calling(), grpc.secure_channel(ticket.address, credentials, _DIRECT) as channel:
         message = pb.EnrollRequest(token=ticket.token, request=request)
         return rpc.EnrollmentStub(channel).Enroll(message, timeout=CALL_SECONDS)
+
+
+def _instead(node_dir: Path) -> str:
+    """What to do where a node's folder exists."""
+    if not NodeFolder(node_dir).config.exists():
+        return "A node's folder is made once; name a new one with --dir"
+    return (
+        f"To renew its certificate: fedzoo client renew INVITE --dir {node_dir}. "
+        f"To begin a new one, name it with --dir; {CARRY_OVER}"
+    )
+
+
+def _is_of(folder: NodeFolder, ticket: Invite) -> bool:
+    """Whether the node trusts the very authority that issued the invite."""
+    try:
+        known = x509.load_pem_x509_certificate(folder.ca.read_bytes())
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{folder.ca} is missing or no certificate", hint=f"Enroll into a new folder; {CARRY_OVER}"
+        ) from None
+    return known.fingerprint(hashes.SHA256()).hex() == ticket.fingerprint
 
 
 @contextmanager

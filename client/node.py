@@ -196,9 +196,9 @@ class _Node:
             self.on_event(f"{worst.state}: {worst.reason or online}")
 
     def _tell_requests(self) -> None:
-        """Report each job that asks for approval, once."""
-        for path in sorted(set(self.folder.requests.glob("*.toml")) - self._requests):
-            self._requests.add(path)
+        """Report each job that asks for approval, once as long as its request lies there."""
+        known, self._requests = self._requests, set(self.folder.requests.glob("*.toml"))
+        for path in sorted(self._requests - known):
             self.on_event(f"a job asks to run; read {path}, then: fedzoo client approve {path.stem}")
 
     def _supernode_command(self) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+from client.config import PolicyPart
 from shared_models.errors import ConfigError, PolicyError
 from shared_models.files import write_whole
 from shared_models.job import Job
@@ -15,6 +16,8 @@ from shared_models.schedule import round_budget, task_of
 from shared_models.sent import sent
 
 MAX_REQUESTS = 100
+MAX_REQUEST_BYTES = 16_000_000  # of one job as TOML: a large tokenizer's file has about 10 MB
+MAX_BYTES = 64_000_000  # of all requests together
 Required = Literal["none", "sample", "client", "any"]
 
 
@@ -22,16 +25,19 @@ class Policy:
     """Approves jobs by the hash that this node computed itself.
 
     Args:
-        approved: job hashes, 64 hex digits each.
-        approve_all: approve whatever comes: for demos and simulations.
-        requests: folder that receives the text of each job that asked and was not approved, `<hash>.toml`; at most 100.
+        approved: job hashes, 64 hex digits each, approved as long as this policy lives.
+        approve_all: approve whatever comes, as long: for demos and simulations.
+        requests: folder that receives the text of each job that asked and was not approved, `<hash>.toml`: the newest
+            100, or 64 MB. A job of more than 16 MB is not kept (code `too-large`).
         as_written: refuse work that the job does not say: another budget, round or task. A node's choice; the
             simulator's baselines share a budget out in other ways.
-        later: asked for more approved hashes when a job is not approved yet, so that a site can approve while it runs.
         statistics: whether the site gives sums over its training examples, where a job wants them. If not, it refuses
             jobs that rest on such sums; where they only normalise, it trains by what other sites measured.
         privacy: which jobs the site takes: `none`, any; `sample` or `client`, those of that privacy mode; `any`, those
             of either. It holds for approved jobs too.
+        written: asked at each instruction for `[policy]` and what privacy is required, as they stand then: what it
+            approves is approved too, and its `statistics` and its requirement take the place of the two above. So a
+            site agrees and withdraws while its node runs. While it raises a ConfigError, nothing is approved.
 
     Raises:
         ConfigError: an approved hash is not 64 hex digits.
@@ -44,17 +50,16 @@ class Policy:
         approve_all: bool = False,
         requests: Path | None = None,
         as_written: bool = False,
-        later: Callable[[], Iterable[str]] = tuple,
         statistics: bool = True,
         privacy: Required = "none",
+        written: Callable[[], tuple[PolicyPart, Required]] | None = None,
     ) -> None:
         self.approved = frozenset(approved)
         self.approve_all = approve_all
         self.requests = requests
         self.as_written = as_written
-        self.later = later
-        self.statistics = statistics
-        self.privacy = privacy
+        self.written = written
+        self._now = PolicyPart(statistics=statistics), privacy
         for name in self.approved:
             if not re.fullmatch(r"[0-9a-f]{64}", name):
                 raise ConfigError(
@@ -64,7 +69,8 @@ class Policy:
     def require(self, instruction: Instruction) -> None:
         """Raise a PolicyError where the site has not approved the job, or more is asked than the job says."""
         job = instruction.job.whole
-        if self.approve_all or job.hash in self.approved or job.hash in self.later():
+        now, privacy = self._read()
+        if self.approve_all or now.approve_all or job.hash in self.approved or job.hash in now.approve:
             if self.as_written and not _is_as_written(instruction):
                 raise PolicyError(
                     f"the server asks for more than job '{job.name}' says ({instruction.kind}, "
@@ -80,33 +86,73 @@ class Policy:
                     hint="Nothing was run; ask the server's operator to name it in stream.sites",
                     code="not-named",
                 )
-            self._require_privacy(job)
-            if not self.statistics:
+            _require_privacy(job, privacy)
+            if not now.statistics:
                 _require_no_sums(instruction)
             return
         if self.requests is not None:
-            self._keep_request(job)
+            _keep(self.requests, job)
         raise PolicyError(
             f"job '{job.name}' asks to {instruction.kind} on this site's data and is not approved",
             hint=f"Read the request, then: fedzoo client approve {job.hash}",
         )
 
-    def _require_privacy(self, job: Job) -> None:
-        taken = {"none": None, "any": ("sample", "client")}.get(self.privacy, (self.privacy,))
-        if taken is not None and any(_guarantee(step) not in taken for step in job.steps):
+    def _read(self) -> tuple[PolicyPart, Required]:
+        """What holds now; never what held before, for it may have been withdrawn."""
+        if self.written is None:
+            return self._now
+        try:
+            return self.written()
+        except ConfigError as error:
             raise PolicyError(
-                f"job '{job.name}' gives no guarantee that this site requires ({' or '.join(taken)}): its "
-                f"privacy mode is '{job.privacy.mode}'{' without noise' if job.privacy.noise == 0 else ''}",
-                hint="It is `require` in [privacy] of client.toml",
-                code="privacy-required",
-            )
+                f"what this site permits cannot be read: {error}",
+                hint="Nothing runs until client.toml can be",
+                code="policy-unreadable",
+            ) from None
 
-    def _keep_request(self, job: Job) -> None:
-        assert self.requests is not None
-        self.requests.mkdir(parents=True, exist_ok=True)
-        path = self.requests / f"{job.hash}.toml"
-        if not path.exists() and len(list(self.requests.glob("*.toml"))) < MAX_REQUESTS:
-            write_whole(path, job.to_toml())
+
+def _keep(requests: Path, job: Job) -> None:
+    """Write the request, once; the oldest ones make room for it.
+
+    Raises:
+        PolicyError: it is too large, or cannot be written.
+    """
+    path = requests / f"{job.hash}.toml"
+    try:
+        requests.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            return
+        text = job.to_toml().encode()
+        if len(text) > MAX_REQUEST_BYTES:
+            raise PolicyError(
+                f"job '{job.name}' has {len(text) / 1e6:.1f} MB, and a request of more than "
+                f"{MAX_REQUEST_BYTES / 1e6:g} MB is not kept: nothing was written",
+                hint=f"Who has the job from the server's operator agrees by: fedzoo client approve {job.hash}",
+                code="too-large",
+            )
+        known = sorted(requests.glob("*.toml"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+        sizes = [p.stat().st_size for p in known]
+        while known and (len(known) >= MAX_REQUESTS or sum(sizes) + len(text) > MAX_BYTES):
+            known.pop(0).unlink(missing_ok=True)
+            sizes.pop(0)
+        write_whole(path, text)
+    except OSError as error:
+        raise PolicyError(
+            f"job '{job.name}' is not approved, and its request cannot be kept in {requests}: "
+            f"{error.strerror or error}; nothing was written",
+            hint="Free space or mend the folder, and it is kept when the server asks again",
+        ) from None
+
+
+def _require_privacy(job: Job, required: Required) -> None:
+    taken = {"none": None, "any": ("sample", "client")}.get(required, (required,))
+    if taken is not None and any(_guarantee(step) not in taken for step in job.steps):
+        raise PolicyError(
+            f"job '{job.name}' gives no guarantee that this site requires ({' or '.join(taken)}): its "
+            f"privacy mode is '{job.privacy.mode}'{' without noise' if job.privacy.noise == 0 else ''}",
+            hint="It is `require` in [privacy] of client.toml",
+            code="privacy-required",
+        )
 
 
 def _require_no_sums(instruction: Instruction) -> None:

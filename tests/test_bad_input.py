@@ -292,7 +292,9 @@ def test_a_port_in_use_stops_the_start_and_nothing_else(server: dict[str, int], 
 # The node
 
 
-@pytest.mark.parametrize("command", [["start"], ["check"], ["status"], ["approve", "a" * 64]])
+@pytest.mark.parametrize(
+    "command", [["start"], ["check"], ["status"], ["approve", "a" * 64], ["withdraw", "a" * 64], ["audit"]]
+)
 def test_no_node_here(refused, here: Path, command: list[str]) -> None:
     has(refused("client", *command), "fedzoo-node", "Enroll first: fedzoo client enroll INVITE")
     (here / "empty").mkdir()
@@ -303,6 +305,7 @@ def test_a_mistyped_hash(refused, node: Path, capsys: pytest.CaptureFixture[str]
     for wrong in ("abc", "g" * 64, "a" * 63):
         has(refused("client", "start", "--approve", wrong), "--approve", "approve.0", wrong[:55])
         has(refused("client", "approve", wrong), "client approve", "approve.0", wrong[:55])
+        has(refused("client", "withdraw", wrong), wrong, "is not approved in", "client.toml")
     for hash, doubt in (("a" * 64, True), ("b" * 64, False)):  # well formed: only the request tells
         (node / "requests").mkdir(exist_ok=True)
         (node / "requests" / f"{'b' * 64}.toml").touch()

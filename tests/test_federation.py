@@ -41,6 +41,7 @@ STAGED = make_job(
 )  # fmt: skip
 NOISY = make_job(name="noisy", privacy={"mode": "sample", "noise": 2.0, "delta": 1e-3}, federation={"rounds": 8})
 LATER = make_job(name="later", federation={"rounds": 1})
+WITHDRAWN = make_job(name="withdrawn", federation={"rounds": 20, "min_sites": 2})
 UNAPPROVED = make_job(name="unapproved", federation={"wait": 4})
 REVOKED = make_job(name="revoked", federation={"rounds": 12, "min_sites": 1})
 
@@ -168,6 +169,32 @@ def test_a_site_may_approve_while_its_node_runs(federation: Federation) -> None:
         assert LATER.hash not in fedzoo("client", "status", "--dir", node)
     federation.finish(run)
     assert run.status().state == "done", run.status()
+
+
+def test_a_site_may_withdraw_while_a_run_goes_on(federation: Federation) -> None:
+    """It is out with the next round, the others go on, and its own record has each round and the withdrawal."""
+    nodes = {site: str(federation.root / "nodes" / site) for site in federation.sites.names}
+    for node in nodes.values():
+        fedzoo("client", "approve", WITHDRAWN.hash, "--dir", node)
+    run = federation.submit(WITHDRAWN)
+    eventually(lambda: any(e["event"] == "round" for e in federation.events(run)), "no round")
+    fedzoo("client", "withdraw", WITHDRAWN.hash, "--dir", nodes["site-3"])
+    known = len([e for e in federation.events(run) if e["event"] == "round"])
+    events = federation.finish(run)
+    assert run.status().state == "done", run.status()
+    rounds = [e["sites"] for e in events if e["event"] == "round"]
+    assert rounds[0] == ["site-1", "site-2", "site-3"]
+    assert all(sites == ["site-1", "site-2"] for sites in rounds[known + 1 :])
+    assert len(rounds[known + 1 :]) >= 2, "the withdrawal came too late to be seen"
+    lines = json.loads(fedzoo("client", "audit", "--last", "1000", "--json", "--dir", nodes["site-3"]))
+    lines = [line for line in lines if line.get("job") == WITHDRAWN.hash]
+    at = [line["event"] for line in lines].index("withdraw")
+    assert lines[0]["event"] == "approve"
+    trained = [line["round"] for line in lines if line.get("kind") == "train" and line["code"] == "ok"]
+    assert trained == [round for round, sites in enumerate(rounds) if "site-3" in sites]
+    late = [line["code"] for line in lines[at + 1 :] if line["code"] == "ok"]
+    assert len(late) <= 1, "only what ran when it was withdrawn"
+    assert lines[-1]["code"] == "not-approved"
 
 
 def test_what_fails_at_a_node_stays_there(federation: Federation) -> None:

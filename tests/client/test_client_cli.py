@@ -16,10 +16,10 @@ import client.readers
 import client.tls
 from client import status
 from client.cli import app
-from client.config import ClientConfig, NodeFolder, save
+from client.config import ClientConfig, NodeFolder, PolicyPart, load, save
 from client.enroll import Membership
 from client.status import Status
-from shared_models.errors import ConfigError, DataError, UnknownNameError
+from shared_models.errors import ConfigError, DataError, PolicyError, UnknownNameError
 
 ROOT = Path(client.__file__).parents[1]
 
@@ -123,6 +123,65 @@ def test_status_shows_what_waits_for_approval(node):
     }
     assert text.startswith("refused: why\nprocess 7, 2 restarts, since 1970-01-01T00:00:00Z\n")
     assert f"fedzoo client approve {'a' * 64}" in text
+
+
+def test_consent_is_given_and_withdrawn(node):
+    one, other = "a" * 64, "b" * 64
+
+    def say(*words: str) -> str:
+        result = CliRunner().invoke(app, [*words, "--dir", str(node)])
+        assert result.exit_code == 0, result.exception
+        return result.output
+
+    for job in (one, other, one):
+        say("approve", job)
+    assert load(node).policy.approve == (one, other)
+    said = say("withdraw", one)
+    assert load(node).policy.approve == (other,)
+    assert said.startswith(f"site 'a' no longer agrees to job {one}")
+    assert "a round that runs already ends first" in said
+    assert "until the node is stopped" in said
+    assert "approve_all" not in said
+    save(node, load(node).model_copy(update={"policy": PolicyPart(approve=(other,), approve_all=True)}))
+    assert "approve_all = true" in say("withdraw", other)
+    assert load(node).policy == PolicyPart(approve_all=True)
+
+
+def test_an_approved_request_waits_no_longer(node):
+    """Its text is kept, so that the site can read what it has agreed to."""
+    job, requests = "a" * 64, NodeFolder(node).requests
+    requests.mkdir()
+    (requests / f"{job}.toml").write_text("what was asked")
+    said = CliRunner().invoke(app, ["approve", job, "--dir", str(node)]).output
+    assert "has not asked for it yet" not in said
+    assert list(requests.glob("*.toml")) == []
+    assert (requests / "approved" / f"{job}.toml").read_text() == "what was asked"
+    assert str(requests / "approved" / f"{job}.toml") in said
+    CliRunner().invoke(app, ["withdraw", job, "--dir", str(node)])
+    now = CliRunner().invoke(app, ["status", "--dir", str(node), "--json"]).output
+    assert json.loads(now)["requests"] == []
+    (requests / f"{job}.toml").write_text("asked again")
+    assert json.loads(CliRunner().invoke(app, ["status", "--dir", str(node), "--json"]).output)["requests"] == [job]
+
+
+def test_consent_stands_in_the_record(node):
+    job = "a" * 64
+    for word in ("approve", "withdraw"):
+        assert CliRunner().invoke(app, [word, job, "--dir", str(node)]).exit_code == 0
+    found = json.loads(CliRunner().invoke(app, ["audit", "--dir", str(node), "--json"]).output)
+    assert [(line["event"], line["job"]) for line in found] == [("approve", job), ("withdraw", job)]
+    (line,) = CliRunner().invoke(app, ["audit", "--last", "1", "--dir", str(node)]).output.splitlines()
+    assert line == f"{found[1]['time']} withdraw job={job}"
+
+
+def test_no_consent_without_a_line_but_a_withdrawal(node):
+    job = "a" * 64
+    save(node, load(node).model_copy(update={"policy": PolicyPart(approve=("b" * 64,))}))
+    NodeFolder(node).audit.mkdir(parents=True)
+    for word, given in (("approve", job), ("withdraw", "b" * 64)):
+        result = CliRunner().invoke(app, [word, given, "--dir", str(node)])
+        assert isinstance(result.exception, PolicyError)
+    assert load(node).policy.approve == ()
 
 
 def test_a_mistyped_approval_ends_before_anything_starts(node):

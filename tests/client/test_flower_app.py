@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
 import client.flower_app
+from client.audit import Audit
 from client.config import ClientConfig, DataPart, NodeFolder, PolicyPart, PrivacyPart, ServerPart, save
 from client.flower_app import NodeData, client_app
 from client.handler import Handler
@@ -113,6 +115,58 @@ def test_approval_in_client_toml(node: Path, instruction: Instruction) -> None:
         assert ask(client_app(node), to_record(*encode_instruction(instruction))).code == code
 
 
+def test_consent_is_withdrawn_while_the_node_runs(node: Path, instruction: Instruction) -> None:
+    """Whatever client.toml said when it started; only what the command line said stays."""
+    config, job = client.flower_app.load(node), instruction.job.hash
+    asked = to_record(*encode_instruction(instruction))
+    for given in (PolicyPart(approve=(job,)), PolicyPart(approve_all=True)):
+        save(node, config.model_copy(update={"policy": given}))
+        app, told, told_all = client_app(node), client_app(node, approve=[job]), client_app(node, approve_all=True)
+        assert [ask(a, asked).code for a in (app, told, told_all)] == ["ok"] * 3
+        save(node, config)
+        assert [ask(a, asked).code for a in (app, told, told_all)] == ["not-approved", "ok", "ok"]
+        save(node, config.model_copy(update={"policy": given}))
+        assert ask(app, asked).code == "ok"
+
+
+def test_what_a_site_gives_and_takes_is_read_anew(node: Path, make_job: Callable[..., Job]) -> None:
+    summing = make_job(model={"name": "kmeans"}, task={"name": "clustering"}, method={"name": "lloyd"})
+    config, app = client.flower_app.load(node), client_app(node, approve_all=True)
+
+    probe = Instruction("probe", "run-7", "hospital-a", summing, "", rounds=2)
+
+    def code() -> str:
+        return ask(app, to_record(*encode_instruction(probe))).code
+
+    before = code()
+    for part, word in (
+        ({"policy": PolicyPart(statistics=False)}, "no-statistics"),
+        ({"privacy": PrivacyPart(require="any")}, "privacy-required"),
+        ({}, before),
+    ):
+        save(node, config.model_copy(update=part))
+        assert code() == word
+    assert before == "fingerprint"  # it passed the policy
+
+
+@pytest.mark.parametrize("broken", ["[policy]\napprove = 3\n", "site = ", None])
+def test_nothing_runs_while_client_toml_cannot_be_read(
+    node: Path, instruction: Instruction, caplog: pytest.LogCaptureFixture, broken: str | None
+) -> None:
+    """It may be there that consent was withdrawn; so not even what the command line said."""
+    path = NodeFolder(node).config
+    config, asked = path.read_bytes(), to_record(*encode_instruction(instruction))
+    app = client_app(node, approve=[instruction.job.hash], approve_all=True)
+    path.unlink() if broken is None else path.write_text(broken)
+    reply = ask(app, asked)
+    assert (reply.code, reply.groups, reply.metrics) == ("policy-unreadable", {}, {})
+    assert "what this site permits cannot be read" in caplog.text
+    assert str(path) in caplog.text
+    assert not list(NodeFolder(node).requests.glob("*"))
+    path.write_bytes(config)
+    assert ask(app, asked).code == "ok"
+
+
 def test_a_site_that_takes_only_jobs_with_privacy(node: Path, instruction: Instruction) -> None:
     config = client.flower_app.load(node)
     save(node, config.model_copy(update={"privacy": PrivacyPart(require="any")}))
@@ -164,6 +218,52 @@ def test_an_approved_job_does_not_approve_more_work(node: Path, instruction: Ins
     reply = ask(app, to_record(*encode_instruction(greedy)))
     assert (reply.code, reply.groups, reply.metrics) == ("beyond-job", {}, {})
     assert ask(app, to_record(*encode_instruction(instruction))).code == "ok"
+
+
+def test_each_instruction_is_a_line_of_the_sites_record(
+    node: Path, instruction: Instruction, make_job: Callable[..., Job]
+) -> None:
+    """Answered, answered once more, refused, not understood."""
+    app, other = client_app(node, approve=[instruction.job.hash]), make_job(name="other")
+    asked = to_record(*encode_instruction(instruction))
+    replies = [ask(app, asked), ask(app, asked)]
+    replies.append(ask(app, to_record(*encode_instruction(replace(instruction, job=other, groups={})))))
+    replies.append(ask(app, RecordDict()))
+    begun, *lines = NodeFolder(node).audit.read_text().splitlines()
+    start = json.loads(begun)
+    assert (start["event"], start["approve"], start["approve_all"]) == ("start", [instruction.job.hash], False)
+    found = [json.loads(line) for line in lines]
+    assert [line["code"] for line in found] == [r.code for r in replies] == ["ok", "ok", "not-approved", "malformed"]
+    for line, reply in zip(found, replies, strict=True):
+        assert line["event"] == "instruction"
+        assert line["bytes"] == sum(map(len, encode_contribution(reply)))
+        assert line["examples"] == reply.examples
+        assert 0 <= line["seconds"] < 60
+    first, again, refused, garbage = found
+    told = {"run": "run-7", "kind": "train", "stage": 0, "task": 0, "round": 0}
+    assert told.items() <= first.items()
+    assert (first["job"], first["name"]) == (instruction.job.hash, "test")
+    assert (refused["job"], refused["name"]) == (other.hash, "other")
+    assert (first["measured"], refused["measured"]) == (["validation/0"], [])
+    assert first["model"] == again["model"] != refused["model"] == ""
+    assert not {"job", "run", "kind", "model"} & garbage.keys()
+    changed = {k: v + 1 if v.is_floating_point() else v for k, v in instruction.groups["model"].items()}
+    turned = dict(reversed(instruction.groups["model"].items()))
+    for groups, same in ((changed, False), (turned, True)):
+        ask(app, to_record(*encode_instruction(replace(instruction, groups={"model": groups}))))
+        assert (Audit(NodeFolder(node).audit).last(1)[0]["model"] == first["model"]) == same
+
+
+def test_nothing_leaves_without_a_line(node: Path, instruction: Instruction, caplog: pytest.LogCaptureFixture) -> None:
+    app, asked = client_app(node, approve_all=True), to_record(*encode_instruction(instruction))
+    path = NodeFolder(node).audit
+    path.unlink()
+    path.mkdir()
+    reply = ask(app, asked)
+    assert (reply.code, reply.run, reply.groups, reply.metrics, reply.examples) == ("audit", "run-7", {}, {}, 0)
+    assert "nothing leaves without a line" in caplog.text
+    path.rmdir()
+    assert ask(app, asked).code == "ok"
 
 
 def test_a_wrong_hash_ends_the_start(node: Path, tmp_path: Path) -> None:
@@ -228,10 +328,11 @@ def test_garbage_gets_a_code_and_runs_nothing(
 
     monkeypatch.setattr(Handler, "handle", never)
     app = client_app(node, approve_all=True)
-    before = {p: p.stat().st_mtime_ns for p in node.rglob("*")}
+    logs = NodeFolder(node).logs  # that it came is written there
+    before = {p: p.stat().st_mtime_ns for p in node.rglob("*") if logs not in p.parents}
     reply = ask(app, make(instruction))
     assert (reply.code, reply.site, reply.run, reply.groups) == (code, "hospital-a", "unknown", {})
-    assert {p: p.stat().st_mtime_ns for p in node.rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in node.rglob("*") if logs not in p.parents} == before
 
 
 def test_data_are_read_once_per_preprocessing(node: Path, make_job: Callable[..., Job], monkeypatch) -> None:

@@ -271,7 +271,7 @@ def test_status_of_a_node_that_never_ran_and_of_a_broken_file(tmp_path):
         status.read(tmp_path / "absent")
 
 
-def test_a_job_that_asks_is_reported_once(tmp_path):
+def test_a_job_that_asks_is_reported_once_each_time(tmp_path):
     said: list[str] = []
     node = object.__new__(_Node)
     node.folder, node.on_event, node._requests = NodeFolder(tmp_path), said.append, set()
@@ -281,3 +281,8 @@ def test_a_job_that_asks_is_reported_once(tmp_path):
     node._tell_requests()
     node._tell_requests()
     assert said == [f"a job asks to run; read {request}, then: fedzoo client approve {'a' * 64}"]
+    request.unlink()  # approved, withdrawn, and asked for again
+    node._tell_requests()
+    request.touch()
+    node._tell_requests()
+    assert said == said[:1] * 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import client.policy
+from client.config import PolicyPart
 from client.handler import Handler
 from client.policy import Policy
 from client.state import MemoryState
@@ -85,17 +88,69 @@ def test_a_word_that_is_no_hash_is_refused(word: str) -> None:
         Policy(["0" * 64, word])
 
 
-def test_a_request_is_kept_once_and_only_a_hundred_are(tmp_path: Path, make_job: Callable[..., Job]) -> None:
+def refuse(policy: Policy, job: Job, code: str = "not-approved") -> str:
+    with pytest.raises(PolicyError) as caught:
+        policy.require(ask(job))
+    assert caught.value.code == code
+    return str(caught.value)
+
+
+def test_a_request_is_kept_once(tmp_path: Path, make_job: Callable[..., Job]) -> None:
+    policy, job = Policy(requests=tmp_path), make_job()
+    refuse(policy, job)
+    (tmp_path / f"{job.hash}.toml").write_text("# read by the owner")
+    refuse(policy, job)
+    assert (tmp_path / f"{job.hash}.toml").read_text() == "# read by the owner"
+
+
+def test_the_newest_hundred_requests_are_kept(tmp_path: Path, make_job: Callable[..., Job]) -> None:
+    """So a node that is old, or that was asked a hundred times, still shows what asks now."""
+    for number in range(100):
+        path = tmp_path / f"{number:064x}.toml"
+        path.write_text("old, long done")
+        os.utime(path, (1000 + number, 1000 + number))
+    policy, jobs = Policy(requests=tmp_path), [make_job(seed=seed) for seed in range(3)]
+    for number, job in enumerate(jobs):
+        refuse(policy, job)
+        left = {path.stem for path in tmp_path.iterdir()}
+        assert left == {f"{n:064x}" for n in range(number + 1, 100)} | {job.hash for job in jobs[: number + 1]}
+
+
+def test_requests_are_bounded_in_size(
+    tmp_path: Path, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job beyond the limit is not kept; others make room for a new one, the oldest first."""
+    jobs = [make_job(seed=seed) for seed in range(4)]
+    size = len(jobs[0].to_toml().encode())
+    monkeypatch.setattr(client.policy, "MAX_REQUEST_BYTES", size)
+    monkeypatch.setattr(client.policy, "MAX_BYTES", 3 * size)
     policy = Policy(requests=tmp_path)
-    first = make_job(seed=0)
-    for seed in (0, *range(105)):
-        with pytest.raises(PolicyError):
-            policy.require(ask(make_job(seed=seed)))
-    assert len(list(tmp_path.iterdir())) == 100
-    (tmp_path / f"{first.hash}.toml").write_text("# read by the owner")
-    with pytest.raises(PolicyError):
-        policy.require(ask(first))
-    assert (tmp_path / f"{first.hash}.toml").read_text() == "# read by the owner"
+    for number, job in enumerate(jobs):
+        refuse(policy, job)
+        os.utime(tmp_path / f"{job.hash}.toml", (1000 + number, 1000 + number))
+    assert {path.stem for path in tmp_path.iterdir()} == {job.hash for job in jobs[1:]}
+    larger = make_job(name="a-longer-name")
+    said = refuse(policy, larger, "too-large")
+    assert "nothing was written" in said
+    assert not (tmp_path / f"{larger.hash}.toml").exists()
+    Policy([larger.hash], requests=tmp_path).require(ask(larger))  # a hash that was agreed to is agreed to
+
+
+def test_a_job_of_ten_megabytes_as_with_a_large_tokenizer_can_be_read(
+    tmp_path: Path, make_job: Callable[..., Job]
+) -> None:
+    job = make_job(task={"labels": [f"{i:04}{'x' * 96}" for i in range(100_000)]})
+    assert len(job.to_toml()) > 10_000_000
+    refuse(Policy(requests=tmp_path), job)
+    assert Job.load(tmp_path / f"{job.hash}.toml").hash == job.hash
+
+
+def test_it_is_said_when_a_request_cannot_be_written(tmp_path: Path, make_job: Callable[..., Job]) -> None:
+    blocked = tmp_path / "requests"
+    blocked.write_text("no folder")
+    said = refuse(Policy(requests=blocked), make_job())
+    assert "nothing was written" in said
+    assert str(blocked) in said
 
 
 # ---- no more than the job says ---------------------------------------------------------------------------------------
@@ -173,14 +228,16 @@ def test_a_node_takes_part_in_federations_only(make_job: Callable[..., Job]) -> 
             Policy([job.hash], as_written=True).require(replace(ask(job), rounds=2))
 
 
-def test_approval_while_the_node_runs(make_job: Callable[..., Job]) -> None:
-    job, agreed = make_job(), []
-    policy = Policy(later=lambda: agreed)
+def test_what_is_written_counts_at_each_instruction(make_job: Callable[..., Job]) -> None:
+    job, written = make_job(), PolicyPart()
+    policy = Policy(written=lambda: (written, "none"))
     instruction = Instruction("probe", "r", "a", job, "")
-    with pytest.raises(PolicyError, match=f"fedzoo client approve {job.hash}"):
+    for given in (PolicyPart(approve=(job.hash,)), PolicyPart(approve_all=True)):
+        written = PolicyPart()
+        with pytest.raises(PolicyError, match=f"fedzoo client approve {job.hash}"):
+            policy.require(instruction)
+        written = given
         policy.require(instruction)
-    agreed.append(job.hash)
-    policy.require(instruction)
 
 
 # ---- jobs without privacy --------------------------------------------------------------------------------------------

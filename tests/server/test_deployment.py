@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import server
 from client.config import NodeFolder
-from client.enroll import enroll, whoami
+from client.enroll import enroll, renew, whoami
 from server import flower_control
 from server.cli import app
 from server.config import ServerFolder, load
@@ -129,7 +129,9 @@ def sites(deployed: ServerFolder) -> dict[str, str]:
     return {row["site"]: row["state"] for row in rows}
 
 
-def test_a_site_enrolls_connects_and_is_revoked(deployed: ServerFolder, control: FlowerControl, tmp_path: Path) -> None:
+def test_a_site_enrolls_connects_is_revoked_and_renewed(
+    deployed: ServerFolder, control: FlowerControl, tmp_path: Path
+) -> None:
     (tmp_path / "data").mkdir()
     invite = fedzoo("invite", "hospital-a", "--dir", str(deployed.root)).strip()
     assert "\n" not in invite
@@ -148,6 +150,12 @@ def test_a_site_enrolls_connects_and_is_revoked(deployed: ServerFolder, control:
         assert sites(deployed) == {"hospital-a": "revoked"}
         assert whoami(node).status == "revoked"
         assert eventually(lambda: child.exit_code() is not None), child.tail(40)
+
+        renew(fedzoo("invite", "hospital-a", "--dir", str(deployed.root)).strip(), node)
+        child.stop()
+        child = supernode(deployed, NodeFolder(node).key, tmp_path)
+        assert eventually(lambda: sites(deployed) == {"hospital-a": "online"}), child.tail(40)
+        assert whoami(node).status == "active"
     finally:
         child.stop()
 
