@@ -75,7 +75,7 @@ def check(dir: Dir = DEFAULT_DIR, json_output: Json = False) -> None:
             problem = f"this machine's clock is {abs(clock):.0f} s {'ahead of' if clock > 0 else 'behind'} the server's"
         found = {"site": member.site, "status": member.status, "certificate_until": _iso(member.expires)}
         if said := ending(member.expires):
-            advice = "ask the server's operator to revoke this site and invite it again"
+            advice = "ask the server's operator to revoke and invite it, then: fedzoo client renew INVITE"
             found["warning"] = f"this node's certificate {said}; {advice}"
         return {**found, "clock_ahead_seconds": round(clock, 1), **({"problem": problem} if problem else {})}
 
@@ -147,12 +147,17 @@ def approve(
 ) -> None:
     """Agree to a job, also while the node runs. It is written into client.toml; `client withdraw` takes it back."""
     from client.config import NodeFolder, load
-    from client.consent import agree
+    from client.consent import agree, guards_examples
 
     known = agree(dir, job)
     typer.echo(f"site '{load(dir).site}' agrees to job {job}")
     if (kept := NodeFolder(dir).approved / f"{job}.toml").exists():
         typer.echo(f"what it agreed to is kept in {kept}")
+        if not guards_examples(kept):
+            typer.echo(
+                "it adds no noise for each example ([privacy] mode = 'sample'): a server that makes up the weights could "
+                "read examples out of the answers, so this trusts the server's operator with the data"
+            )
     if not known:
         typer.echo("the server has not asked for it yet; compare the hash with the one that was submitted")
 

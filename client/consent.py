@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 from client.audit import Audit
@@ -38,6 +39,15 @@ def agree(node_dir: Path, job: str) -> bool:
                 hint="Move or delete it by hand",
             ) from None
     return known
+
+
+def guards_examples(kept: Path) -> bool:
+    """Whether the node adds noise for each example in a job that was approved, whatever weights the server sends."""
+    try:
+        privacy = tomllib.loads(kept.read_text(encoding="utf-8")).get("privacy", {})
+    except (OSError, ValueError):
+        return False
+    return privacy.get("mode") == "sample" and privacy.get("noise") != 0
 
 
 def withdraw(node_dir: Path, job: str) -> bool:

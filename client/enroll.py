@@ -177,7 +177,7 @@ def whoami(node_dir: Path) -> Membership:
         raise DeploymentError(
             f"the server at {address} refuses this node's certificate {NodeFolder(node_dir).certificate}: "
             "it has expired or is of another federation",
-            hint="Ask the server's operator to revoke this site and invite it again",
+            hint="Ask the server's operator to revoke and invite this site, then: fedzoo client renew INVITE",
             code="certificate-refused",
         ) from None
     return Membership(

@@ -29,7 +29,7 @@ def warnings(authority: Authority, nodes: Sequence[Node]) -> list[str]:
     found = [f"the certificate authority {ca}; make a new server and let every site enroll there"] if ca else []
     found += [f"the server's certificate {server}; renew it: fedzoo server renew"] if server else []
     return found + [
-        f"the certificate of site '{node.site}' {said}; revoke it, invite it and let it enroll again"
+        f"the certificate of site '{node.site}' {said}; revoke it and invite it; there: fedzoo client renew INVITE"
         for node in nodes
         if node.revoked is None and (said := ending(site_end(node)))
     ]

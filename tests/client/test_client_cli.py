@@ -82,7 +82,7 @@ def test_check_warns_before_the_certificate_ends(node, monkeypatch):
     code, report = check(node)
     assert code == 0  # it works today
     assert ", in 12 days; " in report["identity"]["warning"]
-    assert "operator to revoke this site and invite it again" in report["identity"]["warning"]
+    assert "operator to revoke and invite it, then: fedzoo client renew INVITE" in report["identity"]["warning"]
     assert (
         "  warning: this node's certificate ends on 20" in CliRunner().invoke(app, ["check", "--dir", str(node)]).output
     )
@@ -162,6 +162,25 @@ def test_an_approved_request_waits_no_longer(node):
     assert json.loads(now)["requests"] == []
     (requests / f"{job}.toml").write_text("asked again")
     assert json.loads(CliRunner().invoke(app, ["status", "--dir", str(node), "--json"]).output)["requests"] == [job]
+
+
+@pytest.mark.parametrize(
+    ("privacy", "told"),
+    [
+        ("", True),
+        ("[privacy]\nmode = 'none'", True),
+        ("[privacy]\nmode = 'client'\nnoise = 1.0", True),
+        ("[privacy]\nmode = 'sample'\nnoise = 0.0", True),
+        ("[privacy]\nmode = 'sample'\nnoise = 1.0", False),
+        ("[privacy]\nmode = 'sample'\nepsilon = 3.0", False),
+    ],
+)
+def test_who_approves_is_told_whom_the_job_trusts_with_the_data(node, privacy, told):
+    job, requests = "a" * 64, NodeFolder(node).requests
+    requests.mkdir()
+    (requests / f"{job}.toml").write_text(f"name = 'x'\n{privacy}\n")
+    said = CliRunner().invoke(app, ["approve", job, "--dir", str(node)]).output
+    assert ("trusts the server's operator with the data" in said) == told
 
 
 def test_consent_stands_in_the_record(node):

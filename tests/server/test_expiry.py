@@ -217,7 +217,7 @@ def test_status_warns_of_what_ends_soon(folder: ServerFolder) -> None:
     assert server.endswith(", in 20 days; renew it: fedzoo server renew")
     assert "site 'ended' ended on 20" in ended
     assert "site 'old' ends on 20" in old
-    assert old.endswith("; revoke it, invite it and let it enroll again")
+    assert old.endswith("; revoke it and invite it; there: fedzoo client renew INVITE")
     rows = json.loads(fedzoo("nodes", "--dir", str(folder.root), "--json"))
     assert {row["site"]: row["state"] for row in rows} == {
         "new": "unknown", "gone": "revoked", "old": "unknown", "ended": "expired",
