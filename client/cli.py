@@ -155,8 +155,8 @@ def approve(
         typer.echo(f"what it agreed to is kept in {kept}")
         if not guards_examples(kept):
             typer.echo(
-                "it adds no noise for each example ([privacy] mode = 'sample'): a server that makes up the weights could "
-                "read examples out of the answers, so this trusts the server's operator with the data"
+                "it adds no noise for each example ([privacy] mode = 'sample'): a server that makes up the weights "
+                "could read examples out of the answers, so this trusts the server's operator with the data"
             )
     if not known:
         typer.echo("the server has not asked for it yet; compare the hash with the one that was submitted")

@@ -47,7 +47,7 @@ def guards_examples(kept: Path) -> bool:
         privacy = tomllib.loads(kept.read_text(encoding="utf-8")).get("privacy", {})
     except (OSError, ValueError):
         return False
-    return privacy.get("mode") == "sample" and privacy.get("noise") != 0
+    return bool(privacy.get("mode") == "sample" and privacy.get("noise") != 0)
 
 
 def withdraw(node_dir: Path, job: str) -> bool:

@@ -28,7 +28,7 @@ REFUSALS = {
     "the operator revokes the site and invites it anew",
     "invite-expired": "the invite has expired; ask the server's operator for a new one",
     "site-revoked": "the site was revoked after this invite was issued; ask the server's operator for a new one",
-    "site-enrolled": "the site is enrolled already; the operator must revoke it before it can enroll again or be renewed",
+    "site-enrolled": "the site is enrolled already; the operator must revoke it before it can enroll or be renewed",
     "bad-request": "the certificate request is not a valid one for an ECDSA P-384 key",
     "key-used": "that key has been enrolled before; a key serves one enrollment, make a new one",
     "busy": "the server cannot register the node at this moment; the invite stays valid, try again in a minute",

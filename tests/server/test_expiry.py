@@ -140,7 +140,7 @@ def test_a_node_whose_certificate_has_ended_is_told_so(
     serving()
     enroll(make_invite(folder.root, "a", 1), node := tmp_path / "node", tmp_path / "data", "imagefolder")
     with pytest.raises(
-        DeploymentError, match=r"has expired or .* Ask the server's operator to revoke this site and inv"
+        DeploymentError, match=r"has expired or .* Ask the server's operator to revoke and invite this site"
     ):
         whoami(node)
     assert _is_revoked(node)
