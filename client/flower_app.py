@@ -74,7 +74,7 @@ def client_app(
     def answer(message: Message, context: Context) -> Message:
         began, instruction = time.monotonic(), None
         try:
-            instruction = decode_instruction(*from_record(message.content))
+            instruction = decode_instruction(*from_record(message.content), policy.approves)
         except FedzooError as error:  # another version of the server, most likely
             log.error("an instruction cannot be understood: %s", error)
             reply = Contribution("probe", "unknown", config.site, code=error.code)

@@ -17,7 +17,7 @@ from client.protection import Protection, with_share
 from client.readers.base import Examples, Splits
 from client.replay import MEMORY, Replay
 from client.state import State
-from client.trainer import count_samples, evaluate, in_order, train
+from client.trainer import evaluate, in_order, train
 from client.workbench import Workbench, determinism
 from shared_models.checks import check_contribution
 from shared_models.errors import DataError, FedzooError, FingerprintError
@@ -27,6 +27,7 @@ from shared_models.messages import Budget, Contribution, Instruction, Part, refu
 from shared_models.methods.base import Progress, overrides
 from shared_models.nearest_mean import MEANS, no_sums
 from shared_models.normalisation import FEWEST, channel_sums
+from shared_models.schedule import count_samples
 from shared_models.spec import require_same
 from shared_models.sums import Groups
 

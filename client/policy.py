@@ -1,4 +1,7 @@
-"""What a site lets run on its data. Every instruction passes here first; without approval nothing runs."""
+"""What a site lets run on its data. Without approval an instruction is read and its job's hash computed, no more.
+
+Reading is JSON, bytes of tensors and the form of the job; nothing that the job names is built, opened or run.
+"""
 
 from __future__ import annotations
 
@@ -66,11 +69,21 @@ class Policy:
                     f"'{name}' is not a job hash (64 hex digits)", hint="`fedzoo run submit` prints the hash of a job"
                 )
 
+    def approves(self, job: Job) -> bool:
+        """Whether the site has approved it, by its hash alone; not while what it permits cannot be read."""
+        try:
+            return self._agrees(job, self._read()[0])
+        except PolicyError:
+            return False
+
+    def _agrees(self, job: Job, now: PolicyPart) -> bool:
+        return self.approve_all or now.approve_all or job.hash in self.approved or job.hash in now.approve
+
     def require(self, instruction: Instruction) -> None:
         """Raise a PolicyError where the site has not approved the job, or more is asked than the job says."""
         job = instruction.job.whole
         now, privacy = self._read()
-        if self.approve_all or now.approve_all or job.hash in self.approved or job.hash in now.approve:
+        if self._agrees(job, now):
             if self.as_written and not _is_as_written(instruction):
                 raise PolicyError(
                     f"the server asks for more than job '{job.name}' says ({instruction.kind}, "

@@ -43,11 +43,6 @@ class Plan:
     key: bytes
 
 
-def sampling_rate(examples: int, samples: int, steps: int) -> float:
-    """q, with which the expected number of examples processed in a round is exactly the budget's `samples`."""
-    return min(1.0, samples / (steps * examples))
-
-
 class PrivateSteps:
     """The steps of one round at one site.
 

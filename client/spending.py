@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from client.private import sampling_rate
-from client.trainer import count_samples, count_steps
 from shared_models.errors import PrivacyError
 from shared_models.job import Job
 from shared_models.messages import Budget
-from shared_models.privacy import Spend, client_spend, epsilon, find_noise
-from shared_models.schedule import round_budget, task_of
+from shared_models.privacy import Spend, client_spend, epsilon, find_noise, sampling_rate
+from shared_models.schedule import count_samples, count_steps, round_budget, task_of
 
 
 def planned(job: Job, counts: Sequence[int]) -> dict[int, Spend]:

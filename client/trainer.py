@@ -19,6 +19,7 @@ from shared_models.keys import generator, key, keyed_global
 from shared_models.messages import Budget, Instruction, Part
 from shared_models.methods.base import NEVER, Pieces, Progress, objective, overrides
 from shared_models.nearest_mean import nearness
+from shared_models.schedule import count_samples, count_steps
 from shared_models.tasks.base import Batch, add_sums
 
 if TYPE_CHECKING:
@@ -156,22 +157,6 @@ def apply_grad(bench: Workbench, grad: object, state: Groups) -> None:
     """Replace the parameters' gradients by what a method makes of them; one that got none counts as zero."""
     for name, value in grad(read_grad(bench), bench.trained, state).items():  # type: ignore[operator]
         bench.trained[name].grad = value
-
-
-def count_steps(examples: int, batch_size: int, budget: Budget) -> int:
-    """Optimizer steps that a budget makes on so many examples."""
-    if budget.steps is not None:
-        return budget.steps
-    epochs, rest = divmod(count_samples(examples, batch_size, budget), examples)
-    return epochs * math.ceil(examples / batch_size) + math.ceil(rest / batch_size)
-
-
-def count_samples(examples: int, batch_size: int, budget: Budget) -> int:
-    """Examples processed, counting repeats: `round(epochs * examples)`, at least one, or those of the steps."""
-    if budget.steps is None:
-        return max(1, round((budget.epochs or 0.0) * examples))
-    epochs, rest = divmod(budget.steps, math.ceil(examples / batch_size))
-    return epochs * examples + min(rest * batch_size, examples)
 
 
 def batches(

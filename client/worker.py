@@ -1,7 +1,8 @@
 """The resident worker: takes tasks from the SuperNode on this machine and runs the app that is installed here.
 
-Flower would start a process for each message and run in it whatever code the server sent (the FAB). Here nothing from
-the network is ever run or unpacked: the FAB is ignored, and one process keeps model, data and GPU warm. An exception
+Flower would start a process for each message and run in it whatever code the server sent (the FAB). Here no code
+from the network is ever run: the FAB is neither run nor unpacked, and one process keeps model, data and GPU warm. What
+is read of an instruction before the site's approval is asked stands in `client/policy.py`. An exception
 of the app stays in this process's log; the server gets a fixed text and code.
 
 This is the one file of `client/` that follows the inside of flwr's client process

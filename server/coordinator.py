@@ -176,9 +176,9 @@ class Coordinator:
         validation: list[Contribution] = []
         for reply in self.executor.run(asked.values()):
             slot = slots[reply.site]
-            self.privacy.note(reply)
             try:
                 norm = check_contribution(reply, asked[reply.site], down, part.max_update_norm)
+                self.privacy.note(reply)  # not before: what a rejected site says is not to be believed
             except Rejected as error:
                 mean.skip(slot)
                 if error.code == "no-data":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import httpx
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
@@ -23,6 +25,7 @@ PROBE_SECONDS = 60.0  # for the answer to a probe; a site that reads a large fol
 SILENT = 300.0  # seconds before a site that did not answer its probe is asked again
 LOST_AFTER = 75.0  # seconds offline after which a site's answer is given up; SuperLink notices a death within 60
 
+log = logging.getLogger("fedzoo.server")
 _TYPES = {"train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE}
 
 
@@ -133,9 +136,11 @@ class FlowerExecutor:
         deadline = time.monotonic() + timeout
         seen = dict.fromkeys(open_, time.monotonic())
         while open_:
-            for message in self.grid.pull_messages(list(open_)):
-                instruction = open_.pop(message.metadata.reply_to_message_id)
-                yield self._read(message, instruction)
+            for message_id, instruction in list(open_.items()):
+                reply = self._pull(message_id, instruction)
+                if reply is not None:
+                    del open_[message_id]
+                    yield reply
             now = time.monotonic()
             if now >= deadline:
                 yield from (refusal(i, "timeout") for i in open_.values())
@@ -143,6 +148,20 @@ class FlowerExecutor:
             yield from self._give_up(open_, seen, now)
             if open_:
                 time.sleep(POLL)
+
+    def _pull(self, message_id: str, instruction: Instruction) -> Contribution | None:
+        """The answer to one message, if it is there. Asked one by one: what a node uploaded can make flwr raise.
+
+        What is answered is what was asked for, whatever the upload names.
+        """
+        try:
+            message = next(iter(self.grid.pull_messages([message_id])), None)
+            return None if message is None else self._read(message, instruction)
+        except httpx.HTTPError:  # SuperLink's, not the site's
+            raise
+        except Exception:
+            log.exception("what site '%s' sent cannot be read", instruction.site)
+            return refusal(instruction, "malformed")
 
     def _read(self, message: Message, instruction: Instruction) -> Contribution:
         if message.has_error():

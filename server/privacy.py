@@ -23,17 +23,19 @@ from server.selection import select
 from shared_models.errors import CompatibilityError, RunError
 from shared_models.job import Job
 from shared_models.keys import chooser
-from shared_models.messages import OK, Contribution
+from shared_models.messages import Contribution
 from shared_models.noise import derive, normal, normal_like, uniform
 from shared_models.privacy import (
     RELATIONS,
     SHRINK,
     Spend,
+    accounted,
     assumptions,
     client_noise,
     client_spend,
     epsilon,
     merged,
+    sampling_rate,
     statement,
     turns,
 )
@@ -65,7 +67,7 @@ class Privacy:
         return select(population, self.job.federation.fraction, self.job.seed, round)
 
     def note(self, reply: Contribution) -> None:
-        """Any answer that came, also one that is rejected."""
+        """An answer that was accepted; raises Rejected where it cannot be accounted for."""
 
     def bounded(self, groups: Groups, down: Groups) -> Groups:
         """What of a site's answer goes into the mean."""
@@ -100,11 +102,11 @@ class SamplePrivacy(Privacy):
         self._came: dict[str, Spend] = {}
 
     def note(self, reply: Contribution) -> None:
-        """The site's noise, its sampling rate and its steps; a repeated answer counts once."""
-        if reply.code == OK and reply.examples > 0 and reply.steps > 0:
-            rate = min(1.0, reply.samples / (reply.steps * reply.examples))
-            if rate > 0:
-                self._came[reply.site] = Spend(reply.noise, rate, reply.steps)
+        """The site's noise, its sampling rate and its steps; a repeated answer counts once, also where one was lost."""
+        rate = sampling_rate(reply.examples, reply.samples, reply.steps)
+        spend = Spend(reply.noise, rate, reply.steps)
+        accounted([*self.spends().get(reply.site, ()), spend], self.part.delta, self.part.accountant)
+        self._came[reply.site] = spend
 
     def settle(self, round: int) -> None:
         """Add this round's."""

@@ -13,11 +13,14 @@ from shared_models.messages import OK, Contribution, Instruction
 from shared_models.methods.base import make_pieces
 from shared_models.nearest_mean import SUMS
 from shared_models.normalisation import no_sums
+from shared_models.privacy import MAX_NOISE, Spend, accounted, sampling_rate
+from shared_models.schedule import count_samples, count_steps
 from shared_models.sums import Groups
 from shared_models.tasks.base import make_task
 
 MAX_COUNT = 10**9  # examples of one site: what it says is its weight in every mean
 MAX_TALLY = 10**15  # of what a metric counts: pixels, boxes at several thresholds
+MARGIN = 0.02  # beside a target epsilon: what PRV finds of a part may be that much above what it finds of the whole
 
 
 def check_contribution(
@@ -55,13 +58,10 @@ def check_contribution(
         return 0.0
     if not contribution.examples <= MAX_COUNT:
         raise Rejected(f"{contribution.examples} examples are beyond any site", code="no-examples")
-    part = instruction.job.privacy
-    if instruction.kind == "train" and part.mode == "sample" and part.noise not in (None, contribution.noise):
-        raise Rejected(
-            f"steps with the noise multiplier {contribution.noise:g}, the job says {part.noise:g}", code="privacy"
-        )
     if contribution.examples <= 0 and instruction.kind != "end_task":
         raise Rejected("an update from zero examples", code="no-examples")
+    if instruction.kind == "train" and instruction.job.privacy.mode == "sample":
+        _check_spend(contribution, instruction)
     _same_names(set(contribution.groups), set(expected), "group")
     for group, tensors in expected.items():
         given = contribution.groups[group]
@@ -86,6 +86,32 @@ def check_contribution(
         if not bool((contribution.groups[SUMS]["sum"].norm(dim=1) <= most * (1 + 1e-6)).all()):
             raise Rejected(f"a class's sum of features is longer than {most} exemplars can make it", code="norm")
     return norm
+
+
+def _check_spend(contribution: Contribution, instruction: Instruction) -> None:
+    """What the site says that its training spent is what the job makes of so many examples, and can be added up."""
+    part, size = instruction.job.privacy, instruction.job.train.batch_size
+    noise, examples = contribution.noise, contribution.examples
+    if part.noise not in (None, noise):
+        raise Rejected(f"steps with the noise multiplier {noise:g}, the job says {part.noise:g}", code="privacy")
+    steps, samples = (count(examples, size, instruction.budget) for count in (count_steps, count_samples))
+    if (contribution.steps, contribution.samples) != (steps, samples):
+        raise Rejected(
+            f"{contribution.steps} steps and {contribution.samples} samples, the job makes {steps} and {samples} of "
+            f"{examples} examples",
+            code="privacy",
+        )
+    if part.noise is not None:
+        return
+    if not 0 < noise <= MAX_NOISE:
+        raise Rejected(f"the noise multiplier {noise:g} is none that a target gives", code="privacy")
+    spent = accounted([Spend(noise, sampling_rate(examples, samples, steps), steps)], part.delta, part.accountant)
+    if not spent <= part.epsilon * (1 + MARGIN) + MARGIN:
+        raise Rejected(
+            f"one round with the noise multiplier {noise:g} spends epsilon {spent:.3g}, the job's target is "
+            f"{part.epsilon:g}",
+            code="privacy",
+        )
 
 
 def _check_values(groups: Groups, sent: Groups, max_norm: float) -> float:

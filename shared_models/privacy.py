@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from shared_models.errors import PrivacyError
+from shared_models.errors import PrivacyError, Rejected
 from shared_models.job import Job
 
 Accountant = Literal["rdp", "prv"]
 MAX_NOISE = 1e6
 SHRINK = 1 - 1e-5  # of the clip: what rounding in float32 may add to a norm
 PRV_LIMIT = 100.0  # of epsilon: PRV's grid grows with it, and what is above protects nobody
+PRV_STEPS = 10**7  # which take a gigabyte already
 RELATIONS = {"sample": "one training example added or removed", "client": "one site added or removed with all its data"}
 
 
@@ -40,6 +41,11 @@ class Spend:
     steps: int
 
 
+def sampling_rate(examples: int, samples: int, steps: int) -> float:
+    """q, with which the expected number of examples processed in a round is exactly the budget's `samples`."""
+    return min(1.0, samples / (steps * examples))
+
+
 def merged(spends: Iterable[Spend]) -> list[Spend]:
     """The same, steps of one mechanism together."""
     steps: dict[tuple[float, float], int] = {}
@@ -51,7 +57,8 @@ def merged(spends: Iterable[Spend]) -> list[Spend]:
 def epsilon(spends: Sequence[Spend], delta: float, accountant: Accountant = "rdp") -> float:
     """Epsilon at `delta` of all of them one after another; 0 for none, infinite where a step has no noise.
 
-    With `prv`, one above 100 by Renyi orders stays what these say: a bound too, and PRV's would take gigabytes.
+    With `prv`, one above 100 by Renyi orders, or of more than ten million steps, stays what these say: a bound too, and
+    PRV's would take gigabytes.
     """
     found = merged(spends)
     if not found:
@@ -59,6 +66,14 @@ def epsilon(spends: Sequence[Spend], delta: float, accountant: Accountant = "rdp
     if any(s.noise == 0 for s in found):
         return math.inf
     return _epsilon(tuple(sorted(found, key=lambda s: (s.noise, s.rate))), delta, accountant)
+
+
+def accounted(spends: Sequence[Spend], delta: float, accountant: Accountant = "rdp") -> float:
+    """The same of what others say that they spent; raises Rejected("privacy") where the accountant cannot add it up."""
+    try:
+        return epsilon(spends, delta, accountant)
+    except Exception as error:
+        raise Rejected(f"the accountant cannot add up {spends[-1]}: {error}", code="privacy") from None
 
 
 @lru_cache(maxsize=4096)
@@ -72,7 +87,7 @@ def _epsilon(spends: tuple[Spend, ...], delta: float, accountant: Accountant) ->
         warnings.filterwarnings("ignore", message="Optimal order is the")
         total = sum(_renyi(s.noise, s.rate) * s.steps for s in spends)
         found, _ = get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta)
-        if accountant == "prv" and found <= PRV_LIMIT:
+        if accountant == "prv" and found <= PRV_LIMIT and sum(s.steps for s in spends) <= PRV_STEPS:
             from opacus.accountants import create_accountant
 
             book = create_accountant(mechanism=accountant)

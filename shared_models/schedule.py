@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from shared_models.errors import RunError
@@ -66,6 +67,22 @@ def round_budget(job: Job, round: int, site: str = "") -> Budget:
     else:
         own = sum(task_of(job, r) == task for r in range(rounds))
     return Budget(epochs=job.train.epochs * rounds / own)
+
+
+def count_steps(examples: int, batch_size: int, budget: Budget) -> int:
+    """Optimizer steps that a budget makes on so many examples."""
+    if budget.steps is not None:
+        return budget.steps
+    epochs, rest = divmod(count_samples(examples, batch_size, budget), examples)
+    return epochs * math.ceil(examples / batch_size) + math.ceil(rest / batch_size)
+
+
+def count_samples(examples: int, batch_size: int, budget: Budget) -> int:
+    """Examples processed, counting repeats: `round(epochs * examples)`, at least one, or those of the steps."""
+    if budget.steps is None:
+        return max(1, round((budget.epochs or 0.0) * examples))
+    epochs, rest = divmod(budget.steps, math.ceil(examples / batch_size))
+    return epochs * examples + min(rest * batch_size, examples)
 
 
 def stage_run(run: str, step: Job) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
@@ -24,6 +24,7 @@ from shared_models.errors import Rejected
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction, Kind, Part
 from shared_models.sums import Groups
+from shared_models.validation import validate
 
 VERSION = 3
 DTYPES = {
@@ -121,14 +122,26 @@ def digest(instruction: Instruction) -> str:
     return hashlib.sha256(encode_instruction(ordered)[0]).hexdigest()
 
 
-def _step(job: Job, stage: int) -> Job:
+def _job(written: dict[str, Any], stage: int, approves: Callable[[Job], bool]) -> Job:
+    job = validate(Job, written, "the server's job")
+    if not approves(job):
+        job.__dict__["stage"] = stage
+        return job
+    job = Job.resolve(written, where="the server's job")
     if stage >= len(job.steps):
         raise Rejected(f"stage {stage} of a job that has {len(job.steps)}", code="malformed")
     return job.steps[stage]
 
 
-def decode_instruction(manifest: bytes, blob: bytes) -> Instruction:
-    """The inverse; raises Rejected("malformed"), or the job's own error where it is of another version."""
+def decode_instruction(manifest: bytes, blob: bytes, approves: Callable[[Job], bool] = lambda job: True) -> Instruction:
+    """The inverse; raises Rejected("malformed"), or the job's own error where it is of another version.
+
+    Args:
+        manifest: what `encode_instruction` gave first.
+        blob: what it gave second.
+        approves: asked with the job as it is written, whose hash is that of the resolved one. A job that is not
+            approved stays as it is written: nothing of it, of its tokenizer say, is built, and it is to be refused.
+    """
     head = _parse(_Down, manifest, blob)
     groups = _unpack(head, blob)
     statistics = groups.pop(_STATISTICS, {})
@@ -136,7 +149,7 @@ def decode_instruction(manifest: bytes, blob: bytes) -> Instruction:
         kind=head.kind,
         run=head.run,
         site=head.site,
-        job=_step(Job.resolve(head.job, where="the server's job"), head.stage),
+        job=_job(head.job, head.stage, approves),
         fingerprint=head.fingerprint,
         task=head.task,
         round=head.round,

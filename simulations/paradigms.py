@@ -22,7 +22,6 @@ from torch import Tensor
 
 from client.private import simulated_secret
 from client.readers.base import Splits
-from client.trainer import count_samples
 from client.workbench import Benches
 from server.chain import run_stages, stage_folder
 from server.coordinator import Coordinator
@@ -33,7 +32,7 @@ from shared_models.errors import ConfigError
 from shared_models.job import Job
 from shared_models.messages import Budget
 from shared_models.registry import Registry
-from shared_models.schedule import present, round_budget, stage_run, task_of
+from shared_models.schedule import count_samples, present, round_budget, stage_run, task_of
 from shared_models.tasks.base import make_task
 from simulations.engines.inprocess import InProcess
 from simulations.partition import SitePopulation

@@ -15,6 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from PIL import Image
 
 import client.flower_app
+import shared_models.tokens
 from client.audit import Audit
 from client.config import ClientConfig, DataPart, NodeFolder, PolicyPart, PrivacyPart, ServerPart, save
 from client.flower_app import NodeData, client_app
@@ -102,6 +103,30 @@ def test_without_approval_a_request_is_left(node: Path, instruction: Instruction
     assert (reply.code, reply.site, reply.groups) == ("not-approved", "hospital-a", {})
     assert (NodeFolder(node).requests / f"{instruction.job.hash}.toml").exists()
     assert list(NodeFolder(node).state.iterdir()) == [NodeFolder(node).mark]
+
+
+def test_what_was_not_approved_is_read_and_nothing_of_it_is_built(
+    node: Path, instruction: Instruction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer's file goes to a library of native code: only once the site has agreed to it."""
+    manifest, blob = encode_instruction(instruction)
+    head = json.loads(manifest)
+    head["job"]["data"] |= {"shape": [16], "tokenizer": '{"version": "no tokenizer"}'}
+    asked = to_record(json.dumps(head).encode(), blob)
+    built: list[str] = []
+
+    def build(content: str) -> None:
+        built.append(content)
+        raise ConfigError("data.tokenizer is no tokenizer's JSON")
+
+    monkeypatch.setattr(shared_models.tokens, "make_tokenizer", build)
+    reply = ask(client_app(node), asked)
+    assert (reply.code, reply.kind, reply.run, reply.site) == ("not-approved", "train", "run-7", "hospital-a")
+    assert not built
+    (request,) = NodeFolder(node).requests.iterdir()
+    assert "no tokenizer" in request.read_text()
+    assert ask(client_app(node, approve=[request.stem]), asked).code == "config"
+    assert built
 
 
 def test_approval_in_client_toml(node: Path, instruction: Instruction) -> None:

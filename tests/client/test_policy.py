@@ -57,6 +57,21 @@ def test_a_request_is_left_for_the_owner_to_read(tmp_path: Path, make_job: Calla
     assert Job.load(requests / f"{job.hash}.toml").hash == job.hash
 
 
+def test_the_hash_of_a_job_that_is_only_read_is_that_of_the_job(make_job: Callable[..., Job]) -> None:
+    """So that what is built of it was approved, and what is approved can be built; also of a chain of stages."""
+    stages = [{"name": "one"}, {"name": "two", "train": {"lr": 0.2}}]
+    jobs = [make_job(model={"name": "vit"}, method={"name": "scaffold"}), make_job(stages=stages).steps[1]]
+    for job in jobs:
+        sent = encode_instruction(ask(job))
+        read = decode_instruction(*sent, lambda job: False)
+        assert (read.job.hash, read.job.whole.hash, read.job.stage) == (job.whole.hash, job.whole.hash, job.stage)
+        assert replace(read, job=job) == replace(decode_instruction(*sent), job=job)
+        policy = Policy([job.whole.hash])
+        assert policy.approves(read.job)
+        assert decode_instruction(*sent, policy.approves).job.hash == job.hash
+        assert not Policy(["0" * 64]).approves(read.job)
+
+
 def test_approval_is_of_one_job(make_job: Callable[..., Job]) -> None:
     job = make_job()
     policy = Policy([job.hash])

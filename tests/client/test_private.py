@@ -13,18 +13,19 @@ from scipy import stats
 
 from client.handler import Handler
 from client.policy import Policy
-from client.private import Plan, PrivateSteps, add_clipped, clip_factors, sampling_rate, simulated_secret
+from client.private import Plan, PrivateSteps, add_clipped, clip_factors, simulated_secret
 from client.protection import Protection
 from client.readers.base import Examples, Splits
 from client.spending import round_spend
 from client.state import MemoryState
-from client.trainer import count_samples, count_steps, train
+from client.trainer import train
 from client.workbench import Benches, Workbench
 from shared_models.errors import PrivacyError
 from shared_models.job import Job
 from shared_models.messages import Budget, Contribution, Instruction
 from shared_models.noise import derive, normal
-from shared_models.privacy import Spend, epsilon
+from shared_models.privacy import Spend, epsilon, sampling_rate
+from shared_models.schedule import count_samples, count_steps
 from shared_models.spec import build_model
 from shared_models.tasks.base import Batch
 

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from client.readers.base import Examples, Splits
-from client.trainer import batches, count_steps, evaluate, learning_rate, train
+from client.trainer import batches, evaluate, learning_rate, train
 from client.workbench import Workbench
 from shared_models.job import Job
 from shared_models.job_parts import TrainPart
 from shared_models.messages import Budget, Instruction
+from shared_models.schedule import count_steps
 
 CPU = torch.device("cpu")
 

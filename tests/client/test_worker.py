@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
+from zipfile import BadZipFile
 
 import httpx
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.cli.install import install_from_fab
+from flwr.common.config import get_fused_config_from_fab
 from flwr.common.constant import ErrorCode
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
@@ -130,6 +132,31 @@ def test_the_task_of_a_run_that_stops_meanwhile_is_ended(monkeypatch, where):
     state = receive()
     assert state.finish_task.call_args.args == (7,)
     assert state.delete_messages.called
+
+
+def test_the_supernode_does_not_open_the_app_that_a_server_sends(monkeypatch):
+    """Flower alone unzips it to read its configuration, before anybody was asked."""
+
+    def receive() -> MagicMock:
+        state, store = MagicMock(), MagicMock()
+        state.get_run.return_value = None
+        store.preregister.return_value = []
+        found = start_client_internal._pull_and_store_message(
+            state=state, object_store=store, node_config={}, receive=lambda: (MagicMock(), MagicMock()),
+            get_run=lambda run: MagicMock(), get_fab=lambda name, run: SimpleNamespace(content=b"no zip"),
+            pull_object=lambda run, name: b"", confirm_message_received=lambda run, message: None,
+            trusted_entities=None,
+        )  # fmt: skip
+        assert found is not None
+        return state
+
+    monkeypatch.setattr(start_client_internal, "get_fused_config_from_fab", get_fused_config_from_fab)
+    with pytest.raises(BadZipFile):
+        receive()
+    supernode.leave_apps_closed()
+    state = receive()
+    assert state.set_run_series_context.call_args.args[1].run_config == {}
+    assert state.store_fab.called
 
 
 @pytest.mark.parametrize(

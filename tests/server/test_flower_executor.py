@@ -5,14 +5,22 @@ Real processes are in `tests/test_federation.py`; here every fault comes on dema
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.proto.message_pb2 import Metadata, ObjectTree, PullObjectRequest, PullObjectResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import validate_object_content
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from client.readers.base import Splits
 from client.workbench import Benches
@@ -135,6 +143,89 @@ def test_faults_of_a_node_become_codes(make_job: Callable[..., Job], engine: InP
     assert [(e["site"], e["code"]) for e in heard if e["event"] == "rejected"] == [("b", code)]
     assert next(e["sites"] for e in heard if e["event"] == "round") == ["a", "c"]
     assert "canary" not in str(heard)
+
+
+class Link:
+    """SuperLink as its grid asks it: hands out each object as the node uploaded it, whatever is in it."""
+
+    def __init__(self, grid: Grid, wrap: Callable[[Message], Message | InflatableObject | bytes]) -> None:
+        self.grid = grid
+        self.wrap = wrap
+        self.objects: dict[str, bytes] = {}
+
+    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
+        found = PullAppMessagesResponse()
+        for message in self.grid.pull_messages(request.message_ids):
+            asked, given = message.metadata.reply_to_message_id, self.wrap(message)
+            if isinstance(given, bytes):
+                tree = ObjectTree(object_id=hashlib.sha256(given).hexdigest())
+                self.objects[tree.object_id] = given
+            else:
+                tree = get_object_tree(given)
+                self.objects |= {name: part.deflate() for name, part in get_all_nested_objects(given).items()}
+            found.messages_list.add().metadata.CopyFrom(
+                Metadata(message_id=tree.object_id, reply_to_message_id=asked, run_id=1)
+            )
+            found.message_object_trees.append(tree)
+        return found
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
+        content = self.objects[request.object_id]
+        validate_object_content(content)  # all that SuperLink checks
+        return PullObjectResponse(object_found=True, object_available=True, object_content=content)
+
+    def ConfirmMessageReceived(self, request: object) -> None:
+        pass
+
+
+def _elsewhere(message: Message) -> Message:
+    message.metadata.__dict__["_reply_to_message_id"] = "0" * 64
+    return message
+
+
+OBJECTS: dict[str, tuple[list[str], Callable[[Message], Any]]] = {
+    "as it should be": ([], lambda message: message),
+    "names another message than the one it answers": ([], _elsewhere),
+    "no protobuf": (["malformed"], lambda message: b"Message  20\0" + b"\xff" * 20),
+    "no message": (["malformed"], lambda message: ConfigRecord({"a": 1})),
+}
+
+
+@pytest.mark.parametrize("what", OBJECTS)
+def test_an_object_that_flower_cannot_read_is_its_site_s_fault_alone(
+    make_job: Callable[..., Job], engine: InProcess, what: str
+) -> None:
+    codes, wrap = OBJECTS[what]
+    training: list[int] = []
+
+    def answer(instruction: Instruction) -> Contribution:
+        training.append(instruction.kind == "train")
+        return engine.handler(instruction.site).handle(instruction)
+
+    coordinator, grid, heard = federation(make_job(federation={"rounds": 1}), answer)
+
+    def bad(message: Message) -> Any:
+        return wrap(message) if training[-1] and message.metadata.src_node_id == 12 else message
+
+    real = HttpGrid(token="t")
+    real._run, real._client = SimpleNamespace(run_id=1), Link(grid, bad)  # type: ignore[assignment]
+    pull, grid.pull_messages = grid.pull_messages, real.pull_messages  # type: ignore[method-assign]
+    real._client.grid = SimpleNamespace(pull_messages=pull)  # type: ignore[union-attr]
+    coordinator.run()
+    assert [(e["site"], e["code"]) for e in heard if e["event"] == "rejected"] == [("b", code) for code in codes]
+    assert next(e["sites"] for e in heard if e["event"] == "round") == (["a", "c"] if codes else ["a", "b", "c"])
+
+
+def test_a_superlink_that_is_away_ends_the_lease(make_job: Callable[..., Job], engine: InProcess) -> None:
+    """It is no fault of a site's: the run goes on from its checkpoint under another Flower run."""
+    coordinator, grid, _ = federation(make_job(), lambda i: engine.handler(i.site).handle(i))
+
+    def away(ids: Iterable[str]) -> list[Message]:
+        raise httpx.ConnectError("nobody there")
+
+    grid.pull_messages = away  # type: ignore[method-assign]
+    with pytest.raises(httpx.ConnectError):
+        coordinator.run()
 
 
 def test_a_node_that_goes_offline_is_given_up(make_job: Callable[..., Job], engine: InProcess) -> None:

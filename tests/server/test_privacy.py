@@ -13,11 +13,12 @@ import torch
 from scipy import stats
 
 from client.readers.base import Splits
+from client.spending import round_spend
 from server.privacy import ClientPrivacy, TreePrivacy, make_privacy, nodes, split_noise
 from shared_models.checks import check_contribution
 from shared_models.errors import CompatibilityError, Rejected, RunError
 from shared_models.job import Job
-from shared_models.messages import Contribution, Instruction
+from shared_models.messages import Budget, Contribution, Instruction
 from shared_models.noise import derive, normal, normal_like
 from shared_models.privacy import levels
 from shared_models.spec import build_model
@@ -216,17 +217,26 @@ def test_every_site_has_its_turn_once_in_a_tree(client_job: MakeJob) -> None:
 
 
 # ---- accounts --------------------------------------------------------------------------------------------------------
-def test_an_answer_counts_also_where_it_is_rejected_and_once_where_it_is_repeated(make_job: MakeJob) -> None:
+def test_an_answer_counts_once_where_its_round_is_repeated(make_job: MakeJob) -> None:
     job = make_job(privacy={"mode": "sample", "noise": 1.0})
     privacy = made(job)
     answer = Contribution("train", "r", "a", examples=10, samples=10, steps=2, noise=1.0)
-    for reply in (answer, answer, replace(answer, site="b", code="exception")):
+    for reply in (answer, answer):
         privacy.note(reply)
     privacy.settle(0)
     assert privacy.state["spends"] == {"a": [[1.0, 0.5, 2]]}
     privacy.note(answer)
     privacy.settle(1)
     assert privacy.state["spends"] == {"a": [[1.0, 0.5, 4]]}
+
+
+def test_what_the_accountant_cannot_add_up_is_rejected_and_leaves_no_trace(make_job: MakeJob) -> None:
+    privacy = made(make_job(privacy={"mode": "sample", "noise": 1.0}))
+    with pytest.raises(Rejected, match="the accountant cannot add up") as error:
+        privacy.note(Contribution("train", "r", "a", examples=10, samples=10, steps=2, noise=1e-200))
+    assert error.value.code == "privacy"
+    privacy.settle(0)
+    assert privacy.state["spends"] == {}
 
 
 def test_a_site_with_other_noise_than_the_job_says_is_rejected(make_job: MakeJob) -> None:
@@ -236,3 +246,19 @@ def test_a_site_with_other_noise_than_the_job_says_is_rejected(make_job: MakeJob
     with pytest.raises(Rejected, match=r"noise multiplier 0\.5, the job says 1") as error:
         check_contribution(answer, asked, {}, 1.0)
     assert error.value.code == "privacy"
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+def test_what_the_planner_finds_is_accepted_and_half_of_its_noise_is_not(make_job: MakeJob, accountant: str) -> None:
+    """One round alone spends no more than the target, in a run of one round just that."""
+    examples, part = 60, {"mode": "sample", "epsilon": 2.0, "delta": 1e-4, "accountant": accountant}
+    for rounds in (1, 20):
+        job = make_job(privacy=part, federation={"rounds": rounds})
+        spend = round_spend(job, 0, Budget(epochs=1), [examples])
+        asked = Instruction("train", "r", "a", job, "f")
+        fields = {"examples": examples, "samples": examples, "steps": spend.steps}
+        answer = Contribution("train", "r", "a", noise=spend.noise, **fields)
+        assert check_contribution(answer, asked, {}, 1.0) == 0.0
+        with pytest.raises(Rejected, match="one round with the noise multiplier") as error:
+            check_contribution(replace(answer, noise=spend.noise / (2 if rounds == 1 else 5)), asked, {}, 1.0)
+        assert error.value.code == "privacy"

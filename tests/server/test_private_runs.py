@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from client.readers.base import Splits
 from client.workbench import Benches
+from server.checkpoint import read_checkpoint
 from server.coordinator import Coordinator
 from server.events import Events
 from shared_models.job import Job
@@ -115,6 +117,67 @@ def test_what_a_task_of_a_stream_gave_out_is_not_made_anew_under_the_same_noise(
         Coordinator(job, first, "run", folder=tmp_path, secret=b"q" * 32).run()
     Coordinator(job, second, "run", folder=tmp_path, secret=b"q" * 32).run()
     assert all(torch.equal(second.given[0][n], t) for n, t in first.given[0].items())
+
+
+class Liar(InProcess):
+    """The site a says of its training what it likes."""
+
+    def __init__(self, sites: dict[str, Splits], lie: dict[str, Any]) -> None:
+        super().__init__(list(sites), sites.__getitem__, Benches(torch.device("cpu")))
+        self.lie = lie
+
+    def run(self, instructions: Iterable[Instruction]) -> Iterator[Contribution]:
+        for reply in super().run(instructions):
+            lies = reply.site == "a" and reply.kind == "train"
+            yield replace(reply, **self.lie) if lies else reply
+
+
+LIES: dict[str, dict[str, Any]] = {
+    "a noise next to nothing": {"noise": 1e-200},
+    "without an update": {"noise": 1e-200, "groups": {}},
+    "a noise beyond all numbers": {"noise": 1e300},
+    "an infinite noise": {"noise": float("inf")},
+    "no number": {"noise": float("nan")},
+    "more steps than there are": {"steps": 2**52},
+    "and samples for them": {"steps": 2**52, "samples": 2**52},
+    "no step": {"steps": 0},
+    "no sample": {"samples": 0},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("privacy", [{"epsilon": 5.0}, {"noise": 1.0}])
+def test_what_one_site_says_of_its_noise_and_steps_does_not_end_the_run(
+    make_job: MakeJob, sites: dict[str, Splits], tmp_path: Path, lie: str, privacy: dict[str, Any]
+) -> None:
+    heard: list[dict[str, Any]] = []
+    job, events = make_job(privacy={"mode": "sample", **privacy}), Events(listener=heard.append)
+    outcome = Coordinator(job, Liar(sites, LIES[lie]), "run", folder=tmp_path, events=events).run()
+    rejected = [(e["round"], e["site"], e["code"]) for e in heard if e["event"] == "rejected"]
+    assert rejected == [(round, "a", "privacy") for round in range(job.federation.rounds)]
+    assert outcome.privacy["epsilon"].keys() == {"b", "c", "d"}
+    facts = read_checkpoint(tmp_path / "checkpoint")[1]  # type: ignore[index]
+    assert facts["progress"]["privacy"]["spends"].keys() == {"b", "c", "d"}
+
+
+def test_a_run_goes_on_with_a_site_that_was_rejected_before(
+    make_job: MakeJob, sites: dict[str, Splits], tmp_path: Path
+) -> None:
+    """Its account begins with the first answer that went into a sum."""
+    job = make_job(privacy={"mode": "sample", "noise": 1.0}, federation={"rounds": 3})
+
+    class Mended(Liar):
+        def run(self, instructions: Iterable[Instruction]) -> Iterator[Contribution]:
+            for reply in super().run(instructions):
+                if (reply.kind, reply.round, reply.site) == ("train", 1, "c"):
+                    raise Crash
+                yield reply
+
+    with pytest.raises(Crash):
+        Coordinator(job, Mended(sites, {"groups": {}, "noise": 1e-200}), "run", folder=tmp_path).run()
+    outcome = Coordinator(job, Liar(sites, {}), "run", folder=tmp_path).run()
+    steps = -(-len(sites["a"].train) // job.train.batch_size)
+    assert outcome.privacy["epsilon"]["a"] == pytest.approx(epsilon([Spend(1.0, 1 / steps, 2 * steps)], 1e-5))
 
 
 def test_the_job_and_its_seed_do_not_give_the_server_s_noise(client_job: MakeJob, sites: dict[str, Splits]) -> None:

@@ -86,6 +86,12 @@ def test_prv_of_what_protects_nobody_is_bounded_by_rdp(noise: float) -> None:
     assert epsilon(spends, 1e-5, "prv") == epsilon(spends, 1e-5) > 100
 
 
+def test_prv_of_more_steps_than_fit_into_memory_is_bounded_by_rdp() -> None:
+    """A site that claims so many steps would else end the server."""
+    spends = [Spend(1.0, 1e-9, 10**12)]
+    assert epsilon(spends, 1e-5, "prv") == epsilon(spends, 1e-5) < 100
+
+
 @pytest.mark.parametrize("accountant", ["rdp", "prv"])
 def test_an_epsilon_that_is_no_number_counts_as_infinite(accountant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opacus.accountants.analysis.rdp.get_privacy_spent", lambda **_: (math.nan, 2.0))
