@@ -2,7 +2,8 @@
 
 It is for the site's own eyes: it says more than the server learns, and never an example. It is bounded: a file of 10 MB
 becomes `audit.1.jsonl`, that one `audit.2.jsonl`, and so on; the oldest of nine is dropped. A line has about 500 bytes,
-so the last 200,000 instructions are kept. Who wants more copies the older files away.
+so the last 200,000 instructions are kept. Who wants more copies the older files away. A line is written before its
+answer leaves; an instruction in whose middle the worker was killed has none, for nothing of it left.
 """
 
 from __future__ import annotations
