@@ -177,8 +177,8 @@ class Coordinator:
         for reply in self.executor.run(asked.values()):
             slot = slots[reply.site]
             try:
+                self.privacy.note(reply, asked[reply.site])  # before: what is rejected has been seen all the same
                 norm = check_contribution(reply, asked[reply.site], down, part.max_update_norm)
-                self.privacy.note(reply)  # not before: what a rejected site says is not to be believed
             except Rejected as error:
                 mean.skip(slot)
                 if error.code == "no-data":

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from server.selection import select
+from shared_models.checks import check_spend
 from shared_models.errors import CompatibilityError, RunError
 from shared_models.job import Job
 from shared_models.keys import chooser
-from shared_models.messages import Contribution
+from shared_models.messages import OK, Contribution, Instruction
 from shared_models.noise import derive, normal, normal_like, uniform
 from shared_models.privacy import (
     RELATIONS,
@@ -66,8 +67,8 @@ class Privacy:
         """The sites of a round."""
         return select(population, self.job.federation.fraction, self.job.seed, round)
 
-    def note(self, reply: Contribution) -> None:
-        """An answer that was accepted; raises Rejected where it cannot be accounted for."""
+    def note(self, reply: Contribution, asked: Instruction) -> None:
+        """Any answer that came, also one that is then rejected; raises Rejected where it cannot be accounted for."""
 
     def bounded(self, groups: Groups, down: Groups) -> Groups:
         """What of a site's answer goes into the mean."""
@@ -101,8 +102,11 @@ class SamplePrivacy(Privacy):
         self.state = {"spends": {}}
         self._came: dict[str, Spend] = {}
 
-    def note(self, reply: Contribution) -> None:
-        """The site's noise, its sampling rate and its steps; a repeated answer counts once, also where one was lost."""
+    def note(self, reply: Contribution, asked: Instruction) -> None:
+        """The site's noise, its sampling rate and its steps, if they can be; a repeated answer counts once."""
+        if reply.code != OK:
+            return
+        check_spend(reply, asked)
         rate = sampling_rate(reply.examples, reply.samples, reply.steps)
         spend = Spend(reply.noise, rate, reply.steps)
         accounted([*self.spends().get(reply.site, ()), spend], self.part.delta, self.part.accountant)

@@ -61,7 +61,7 @@ def check_contribution(
     if contribution.examples <= 0 and instruction.kind != "end_task":
         raise Rejected("an update from zero examples", code="no-examples")
     if instruction.kind == "train" and instruction.job.privacy.mode == "sample":
-        _check_spend(contribution, instruction)
+        check_spend(contribution, instruction)
     _same_names(set(contribution.groups), set(expected), "group")
     for group, tensors in expected.items():
         given = contribution.groups[group]
@@ -88,8 +88,14 @@ def check_contribution(
     return norm
 
 
-def _check_spend(contribution: Contribution, instruction: Instruction) -> None:
-    """What the site says that its training spent is what the job makes of so many examples, and can be added up."""
+def check_spend(contribution: Contribution, instruction: Instruction) -> None:
+    """What the site says that its training spent is what the job makes of so many examples, and can be added up.
+
+    Raises:
+        Rejected: with code privacy; no-examples where it says that it has none, or more than any site.
+    """
+    if not 0 < contribution.examples <= MAX_COUNT:
+        raise Rejected(f"an update from {contribution.examples} examples", code="no-examples")
     part, size = instruction.job.privacy, instruction.job.train.batch_size
     noise, examples = contribution.noise, contribution.examples
     if part.noise not in (None, noise):

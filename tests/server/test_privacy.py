@@ -217,23 +217,27 @@ def test_every_site_has_its_turn_once_in_a_tree(client_job: MakeJob) -> None:
 
 
 # ---- accounts --------------------------------------------------------------------------------------------------------
-def test_an_answer_counts_once_where_its_round_is_repeated(make_job: MakeJob) -> None:
-    job = make_job(privacy={"mode": "sample", "noise": 1.0})
-    privacy = made(job)
+def test_an_answer_counts_also_where_it_is_rejected_and_once_where_it_is_repeated(make_job: MakeJob) -> None:
+    """Its tensors have arrived; of a site that could not answer none have."""
+    job = make_job(privacy={"mode": "sample", "noise": 1.0}, train={"batch_size": 5})
+    privacy, asked = made(job), Instruction("train", "r", "a", job, "f")
     answer = Contribution("train", "r", "a", examples=10, samples=10, steps=2, noise=1.0)
-    for reply in (answer, answer):
-        privacy.note(reply)
+    with pytest.raises(Rejected, match="group"):
+        check_contribution(answer, asked, {"model": {"w": torch.zeros(1)}}, 1.0)
+    for reply in (answer, answer, replace(answer, site="b", code="exception")):
+        privacy.note(reply, asked)
     privacy.settle(0)
     assert privacy.state["spends"] == {"a": [[1.0, 0.5, 2]]}
-    privacy.note(answer)
+    privacy.note(answer, asked)
     privacy.settle(1)
     assert privacy.state["spends"] == {"a": [[1.0, 0.5, 4]]}
 
 
 def test_what_the_accountant_cannot_add_up_is_rejected_and_leaves_no_trace(make_job: MakeJob) -> None:
-    privacy = made(make_job(privacy={"mode": "sample", "noise": 1.0}))
+    job = make_job(privacy={"mode": "sample", "epsilon": 2.0, "delta": 1e-4}, train={"batch_size": 5})
+    privacy, asked = made(job), Instruction("train", "r", "a", job, "f")
     with pytest.raises(Rejected, match="the accountant cannot add up") as error:
-        privacy.note(Contribution("train", "r", "a", examples=10, samples=10, steps=2, noise=1e-200))
+        privacy.note(Contribution("train", "r", "a", examples=10, samples=10, steps=2, noise=1e-200), asked)
     assert error.value.code == "privacy"
     privacy.settle(0)
     assert privacy.state["spends"] == {}
