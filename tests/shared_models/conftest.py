@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def weights_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of weights are looked for in the test's own folder."""
+    monkeypatch.setenv("FEDZOO_WEIGHTS", str(tmp_path))
 
 
 class InPlace(TorchDispatchMode):

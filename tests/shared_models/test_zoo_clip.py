@@ -25,6 +25,8 @@ from shared_models.towers import Bag, BatchNorm, Convolutions, quarters
 from shared_models.weights import load_weights
 from shared_models.zoo.clip import RENAMES, convert
 
+pytestmark = pytest.mark.usefixtures("weights_here")
+
 SMALL: dict[str, Any] = {
     "vision": "vit", "layers": 2, "width": 32, "heads": 4, "patch": 4,
     "text": "transformer", "text_layers": 3, "text_width": 24, "text_heads": 3,
@@ -77,7 +79,7 @@ def test_points_and_loss_are_huggingfaces(tmp_path: Path) -> None:
     theirs = huggingfaces(vocabulary, length, end=vocabulary - 1)
     save_file({k: v.contiguous() for k, v in theirs.state_dict().items()}, tmp_path / "clip.safetensors")
     ours = build((3, 12, 12, length, vocabulary), **SMALL).eval()
-    match = load_weights(ours, WeightsPart(file=str(tmp_path / "clip.safetensors")), RENAMES)
+    match = load_weights(ours, WeightsPart(file="clip.safetensors"), RENAMES)
     assert not any((match.missing, match.mismatched, match.unused, match.reshaped))
     ids = torch.randint(TEXT, vocabulary - 1, (5, length))
     ids[:, 0] = BEGIN
@@ -100,7 +102,7 @@ def test_converted_weights_read_our_ids_as_theirs_read_theirs(tmp_path: Path) ->
     published = {k: v.contiguous() for k, v in theirs.state_dict().items()}
     save_file(convert(published), tmp_path / "clip.safetensors")
     ours = build((3, 12, 12, 10, TEXT + 50), **SMALL).eval()
-    match = load_weights(ours, WeightsPart(file=str(tmp_path / "clip.safetensors")), RENAMES)
+    match = load_weights(ours, WeightsPart(file="clip.safetensors"), RENAMES)
     assert not any((match.missing, match.mismatched, match.unused))
     own = torch.tensor([[7, 3, 21], [40, 40, 0]])
     theirs_ids = torch.cat([torch.full((2, 1), 48), own, torch.full((2, 1), 49)], dim=1)

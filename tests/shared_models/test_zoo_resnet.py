@@ -19,6 +19,8 @@ from shared_models.models import configure, models
 from shared_models.weights import load_weights
 from shared_models.zoo.resnet import Norm, ResNetFeatures, Stem
 
+pytestmark = pytest.mark.usefixtures("weights_here")
+
 
 def build(name: str, shape: tuple[int, ...], outputs: int = 10, **keys: Any) -> Any:
     torch.manual_seed(0)
@@ -128,7 +130,7 @@ def test_published_weights_load_but_for_the_head(tmp_path: Path) -> None:
     theirs = torchvision.models.resnet50(num_classes=1000)
     torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
     ours = build("resnet50", (3, 64, 64), 7, size="paper", norm="batch")
-    match = load_weights(ours, WeightsPart(file=str(tmp_path / "resnet50.pth")), models["resnet50"].renames)
+    match = load_weights(ours, WeightsPart(file="resnet50.pth"), models["resnet50"].renames)
     assert [d.key for d in match.mismatched] == ["fc.weight", "fc.bias"]
     assert not match.missing
     assert not match.unused
@@ -201,7 +203,7 @@ def test_weights_of_a_resnet50_go_into_the_backbone(tmp_path: Path) -> None:
     theirs = torchvision.models.resnet50(num_classes=4)
     torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
     net = build("fcn", (3, 32, 32), 5, size="resnet50", norm="batch")
-    match = load_weights(net, WeightsPart(file=str(tmp_path / "resnet50.pth")), models["fcn"].renames)
+    match = load_weights(net, WeightsPart(file="resnet50.pth"), models["fcn"].renames)
     assert match.unused == ("fc.weight", "fc.bias")
     assert all(key.startswith("classifier.") for key in match.missing)
     assert torch.equal(net.backbone.layer3[1].conv2.weight, theirs.layer3[1].conv2.weight)
@@ -223,14 +225,14 @@ def test_weights_of_a_vit_go_into_vit_and_the_segmenters_encoder(tmp_path: Path,
     torch.save(state, file)
     form: dict[str, Any] = {"layers": 3, "heads": 4, "width": 32, "mlp": 48, "patch": 4}
     vit, net = build("vit", (3, 12, 12), 10, **form).eval(), build("segmenter", (3, 12, 12), 2, **form).eval()
-    whole = load_weights(vit, WeightsPart(file=str(file)), models["vit"].renames)
+    whole = load_weights(vit, WeightsPart(file=file.name), models["vit"].renames)
     assert (whole.missing, whole.mismatched, whole.unused) == ((), (), ())
-    part = load_weights(net, WeightsPart(file=str(file)), models["segmenter"].renames)
+    part = load_weights(net, WeightsPart(file=file.name), models["segmenter"].renames)
     assert set(part.loaded) == {key for key in net.state_dict() if key.startswith("encoder.")}
     x = torch.randn(4, 3, 12, 12)
     torch.testing.assert_close(vit(x), theirs(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(net.encoder(x), vit.norm(vit.tokens(x)))
-    again = load_weights(net, WeightsPart(file=str(save(net, tmp_path))), models["segmenter"].renames)
+    again = load_weights(net, WeightsPart(file=save(net, tmp_path).name), models["segmenter"].renames)
     assert set(again.loaded) == set(net.state_dict())  # our own keys are not renamed
 
 

@@ -18,6 +18,8 @@ from shared_models.transformer import sines
 from shared_models.weights import Match, load_weights
 from shared_models.zoo.t5 import bucket
 
+pytestmark = pytest.mark.usefixtures("weights_here")
+
 T, V = 12, 40
 
 
@@ -93,7 +95,7 @@ HUGGING_FACE = {"bart": hugging_face_bart, "t5": hugging_face_t5}
 
 
 def loaded(name: str, ours: nn.Module, file: Path) -> Match:
-    return load_weights(ours, WeightsPart(file=str(file)), models[name].renames)
+    return load_weights(ours, WeightsPart(file=file.name), models[name].renames)
 
 
 @pytest.mark.parametrize(("name", "length"), [("bart", T), ("t5", 50)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ from shared_models.job_parts import WeightsPart
 from shared_models.models import configure
 from shared_models.weights import Match, load_weights
 from shared_models.zoo.gpt import convert
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved into the test's own folder is a folder of weights."""
+    monkeypatch.setenv("FEDZOO_WEIGHTS", str(tmp_path.parent))
+
 
 hf = pytest.importorskip("transformers")
 
@@ -38,7 +46,8 @@ def written(kind: str, config: Any, folder: Path) -> Any:
 
 
 def load(name: str, net: nn.Module, folder: Path, *rename: tuple[str, str]) -> Match:
-    return load_weights(net, WeightsPart(file=str(folder), rename=rename), configure(name, {})[0].renames)
+    file = str(folder.relative_to(os.environ["FEDZOO_WEIGHTS"]))
+    return load_weights(net, WeightsPart(file=file, rename=rename), configure(name, {})[0].renames)
 
 
 def texts() -> Tensor:

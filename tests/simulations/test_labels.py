@@ -99,12 +99,8 @@ def train(job: Job, sites: dict[str, Splits]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("place", ["centralized", "isolated", "federated"])
 def test_anomalies_and_clusters_come_in_streams(make_job: Any, place: str) -> None:
     """Each task's normal digits are told from all anomalies, which come with every task's test."""
-    anomaly = {"name": "anomaly", "labels": LABELS, "anomalous": ["0", "1"]}
+    anomaly = {"name": "anomaly", "labels": LABELS, "anomalous": ["0"]}
     parts: dict[str, Any] = {"train": {"optimizer": "adamw", "lr": 0.003}, "federation": {"rounds": 5}}
-    job, sites = digits(make_job, **STREAM, **parts, model={"name": "autoencoder"}, task={**anomaly})
-    with pytest.raises(RunError, match="'auroc' is no finite number on the tests of task 0"):  # anomalies alone
-        compare.compare(job, sites, paradigms=[(place, "continual")], seeds=(0,))  # type: ignore[list-item]
-    anomaly["anomalous"] = ["0"]
     job, sites = digits(make_job, **STREAM, **parts, model={"name": "autoencoder"}, task={**anomaly})
     clusters, _ = digits(make_job, **STREAM, **parts, model={"name": "kmeans"}, task={"name": "clustering"})
     for one in (job, clusters):
@@ -280,23 +276,21 @@ def test_a_stopped_cube_goes_on_and_ends_with_the_same_table(
 def test_a_job_of_which_nothing_can_be_carried_out_takes_no_other_with_it(
     make_job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    anomaly = {"name": "anomaly", "labels": LABELS, "anomalous": ["0", "1"]}  # nothing normal in task 0
     parts: dict[str, Any] = {
-        "sound": {"model": {"name": "cnn"}},
-        "wrong": {"model": {"name": "autoencoder"}, "task": anomaly},
+        "sound": {"model": {"name": "cnn"}, "train": {"lr": 0.05}},
+        "wrong": {"model": {"name": "cnn"}, "train": {"lr": 1e30}},
     }
     shared: dict[str, Any] = {"simulation": SIMULATION, "stream": {"tasks": 5}, "federation": {"rounds": 5}}
     files = []
     for name, part in parts.items():
-        job = make_job(name=name, train={"optimizer": "adamw", "lr": 0.003}, **shared, **part)
+        job = make_job(name=name, **shared, **part)
         files.append(tmp_path / f"{name}.toml")
         files[-1].write_text(job.to_toml())
     words = ["compare", *map(str, files), "--place", "federated", "--time", "continual", "--seeds", "1"]
     with pytest.raises(SystemExit) as end:
         fedzoo.main([*words, "--out", str(tmp_path / "out")])
     assert end.value.code == 1
-    said = "error: job 'wrong': the headline 'auroc' is no finite number on the tests of task 0"
-    assert said in capsys.readouterr().err
+    assert "error: job 'wrong': round 0" in capsys.readouterr().err
     assert (tmp_path / "out" / "sound" / "report.html").exists()
 
 
