@@ -40,7 +40,6 @@ STAGED = make_job(
     ],
 )  # fmt: skip
 NOISY = make_job(name="noisy", privacy={"mode": "sample", "noise": 2.0, "delta": 1e-3}, federation={"rounds": 8})
-LATER = make_job(name="later", federation={"rounds": 1})
 WITHDRAWN = make_job(name="withdrawn", federation={"rounds": 20, "min_sites": 2})
 UNAPPROVED = make_job(name="unapproved", federation={"wait": 4})
 REVOKED = make_job(name="revoked", federation={"rounds": 12, "min_sites": 1})
@@ -159,24 +158,15 @@ def test_what_is_not_approved_does_not_run(federation: Federation) -> None:
         assert Job.load(request).hash == UNAPPROVED.hash
 
 
-def test_a_site_may_approve_while_its_node_runs(federation: Federation) -> None:
-    run = federation.submit(LATER)
-    eventually(lambda: len([e for e in federation.events(run) if e["event"] == "refused"]) == 3, "not refused")
-    for site in federation.sites.names:
-        node = str(federation.root / "nodes" / site)
-        assert LATER.hash in fedzoo("client", "status", "--dir", node)
-        fedzoo("client", "approve", LATER.hash, "--dir", node)
-        assert LATER.hash not in fedzoo("client", "status", "--dir", node)
-    federation.finish(run)
-    assert run.status().state == "done", run.status()
-
-
-def test_a_site_may_withdraw_while_a_run_goes_on(federation: Federation) -> None:
+def test_a_site_may_approve_and_withdraw_while_its_node_runs(federation: Federation) -> None:
     """It is out with the next round, the others go on, and its own record has each round and the withdrawal."""
     nodes = {site: str(federation.root / "nodes" / site) for site in federation.sites.names}
-    for node in nodes.values():
-        fedzoo("client", "approve", WITHDRAWN.hash, "--dir", node)
     run = federation.submit(WITHDRAWN)
+    eventually(lambda: len([e for e in federation.events(run) if e["event"] == "refused"]) == 3, "not refused")
+    for node in nodes.values():
+        assert WITHDRAWN.hash in fedzoo("client", "status", "--dir", node)
+        fedzoo("client", "approve", WITHDRAWN.hash, "--dir", node)
+        assert WITHDRAWN.hash not in fedzoo("client", "status", "--dir", node)
     eventually(lambda: any(e["event"] == "round" for e in federation.events(run)), "no round")
     fedzoo("client", "withdraw", WITHDRAWN.hash, "--dir", nodes["site-3"])
     known = len([e for e in federation.events(run) if e["event"] == "round"])
@@ -189,7 +179,8 @@ def test_a_site_may_withdraw_while_a_run_goes_on(federation: Federation) -> None
     lines = json.loads(fedzoo("client", "audit", "--last", "1000", "--json", "--dir", nodes["site-3"]))
     lines = [line for line in lines if line.get("job") == WITHDRAWN.hash]
     at = [line["event"] for line in lines].index("withdraw")
-    assert lines[0]["event"] == "approve"
+    agreed = [line["event"] for line in lines].index("approve")
+    assert {line["code"] for line in lines[:agreed]} == {"not-approved"}
     trained = [line["round"] for line in lines if line.get("kind") == "train" and line["code"] == "ok"]
     assert trained == [round for round, sites in enumerate(rounds) if "site-3" in sites]
     late = [line["code"] for line in lines[at + 1 :] if line["code"] == "ok"]
