@@ -61,7 +61,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         yield found
 
 
-@pytest.mark.parametrize("job", [FEDAVG, SCAFFOLD], ids=["fedavg", "scaffold"])
+@pytest.mark.parametrize(
+    "job", [pytest.param(FEDAVG, id="fedavg"), pytest.param(SCAFFOLD, id="scaffold", marks=pytest.mark.slow)]
+)
 def test_real_nodes_give_the_bits_of_the_simulator(federation: Federation, job: Job) -> None:
     run = federation.submit(job)
     events = federation.finish(run)
@@ -82,6 +84,7 @@ def test_real_nodes_carry_out_stages(federation: Federation) -> None:
     assert same_bits(run, expected)
 
 
+@pytest.mark.slow
 def test_real_nodes_segment_as_the_simulator_does(tmp_path: Path) -> None:
     """A U-Net on masks, images changed at random on the way, normalised by what the sites measured."""
     source = torch.Generator().manual_seed(2)
