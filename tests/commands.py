@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from typer import Typer
+from typer.testing import CliRunner
+
 import fedzoo
+from shared_models.errors import FedzooError
 from shared_models.process import free_ports
 
 ROOT = Path(fedzoo.__file__).resolve().parent
@@ -44,3 +48,12 @@ def process(*words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fedzoo", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_here(app: Typer, *words: str) -> str:
+    """What a command prints, carried out in this process; our own errors are raised."""
+    result = CliRunner().invoke(app, list(words))
+    if isinstance(result.exception, FedzooError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import secrets
 import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -18,82 +16,17 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from enrolling import Server
 
-from client.config import NodeFolder, PolicyPart, load, save
-from client.enroll import enroll, renew, whoami
-from client.ledger import open_ledger
-from client.status import only_process
+from client.config import NodeFolder, load
+from client.enroll import enroll, whoami
 from client.tls import site_credentials
 from server import authority as authority_module
-from server.authority import Authority
-from server.config import Ports, ServerConfig
 from server.enrollment import start_services
-from server.nodes import Roster
 from shared_models import enrollment_pb2 as pb
 from shared_models import enrollment_pb2_grpc as rpc
 from shared_models.errors import ConfigError, DataError, DeploymentError, EnrollmentError, UnknownNameError
-from shared_models.invite import Invite, decode, encode
-from shared_models.privacy import Spend
-from shared_models.process import free_ports
-
-
-class Flower:
-    """A stand-in for SuperLink that can fail."""
-
-    def __init__(self) -> None:
-        self.keys: dict[int, bytes] = {}
-        self.broken = False
-
-    def register(self, public_key: bytes) -> int:
-        if self.broken:
-            raise DeploymentError("SuperLink is not there")
-        self.keys[node_id := secrets.randbits(64)] = public_key
-        return node_id
-
-    def unregister(self, node_id: int) -> None:
-        del self.keys[node_id]
-
-
-class Server:
-    """A whole enrollment server on free loopback ports."""
-
-    def __init__(self, folder: Path, hosts: tuple[str, ...] = ("localhost",)) -> None:
-        names = ("fleet", "control", "enrollment", "membership")
-        self.config = ServerConfig(hosts=hosts, ports=Ports(**dict(zip(names, free_ports(4), strict=True))))
-        self.authority = Authority.create(folder / "pki", hosts)
-        self.roster = Roster(folder / "nodes.db")
-        self.flower = Flower()
-        self.services = start_services(self.authority, self.roster, self.flower, self.config)
-
-    def invite(self, site: str = "hospital-a", lifetime: float = 60.0, host: str = "localhost") -> str:
-        token, expires = self.roster.invite(site, lifetime)
-        return encode(self.ticket(token, expires, site, host))
-
-    def ticket(self, token: bytes, expires: int, site: str = "hospital-a", host: str = "localhost") -> Invite:
-        return Invite(f"{host}:{self.config.ports.enrollment}", self.authority.fingerprint, token, expires, site)
-
-    def call(self, token: bytes, request: bytes) -> pb.EnrollReply:
-        credentials = grpc.ssl_channel_credentials(self.authority.ca.read_bytes())
-        with grpc.secure_channel(f"localhost:{self.config.ports.enrollment}", credentials) as channel:
-            return rpc.EnrollmentStub(channel).Enroll(pb.EnrollRequest(token=token, request=request), timeout=20)
-
-    def stop(self) -> None:
-        for service in self.services:
-            service.stop(0).wait()
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    running = Server(tmp_path / "server")
-    yield running
-    running.stop()
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    return folder
+from shared_models.invite import decode, encode
 
 
 def refused(invite: str, tmp_path: Path, code: str, match: str) -> None:
@@ -168,85 +101,6 @@ def test_revoked_site(server: Server, tmp_path: Path, data: Path) -> None:
     enroll(server.invite(), tmp_path / "again", data, "imagefolder")
     assert whoami(tmp_path / "again").status == "active"
     assert whoami(tmp_path / "node").status == "revoked"
-
-
-# ---- a node that enrolls again ---------------------------------------------------------------------------------------
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a node but the lock of its process."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"
-    }
-
-
-@pytest.fixture
-def node(server: Server, tmp_path: Path, data: Path) -> Path:
-    """A node with a past: what it spent, what it agreed to, what it keeps. It was revoked meanwhile."""
-    config = enroll(server.invite(), node := tmp_path / "node", data, "imagefolder")
-    save(node, config.model_copy(update={"policy": PolicyPart(approve=("a" * 64,), statistics=False)}))
-    ledger = open_ledger(node, load(node))
-    ledger.reserve("chest", "run-1", 0, 0, Spend(1.2, 0.1, 10), 1e-5, "sample", digest="d", job="j")
-    NodeFolder(node).secret.write_bytes(bytes(32))
-    (NodeFolder(node).logs / "audit.jsonl").write_text("{}\n")
-    server.roster.revoke("hospital-a")
-    return node
-
-
-def test_a_node_is_renewed_in_its_folder(server: Server, node: Path) -> None:
-    before, config = contents(node), load(node)
-    assert whoami(node).status == "revoked"
-    renew(server.invite(), node)
-    assert whoami(node).status == "active"
-    after = contents(node)
-    assert {name for name in before if after.get(name) != before[name]} == {"pki/site.key", "pki/site.crt"}
-    assert after.keys() == before.keys()
-    assert stat.S_IMODE(NodeFolder(node).key.stat().st_mode) == 0o600
-    assert load(node) == config
-    assert len(open_ledger(node, load(node)).entries()) == 1
-
-
-def test_a_server_that_has_moved_is_found_again(server: Server, node: Path) -> None:
-    config = load(node)
-    old = {"fleet": "old:1", "enrollment": "old:2", "membership": "old:3"}
-    save(node, config.model_copy(update={"server": config.server.model_copy(update=old)}))
-    assert renew(server.invite(), node) == load(node) == config
-
-
-def unchanged(node: Path, invite: str, error: type[BaseException], match: str | None) -> None:
-    before = contents(node)
-    with pytest.raises(error, match=match):
-        renew(invite, node)
-    assert contents(node) == before
-
-
-def test_a_renewal_that_is_refused_changes_nothing(
-    server: Server, node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unchanged(node, server.invite("hospital-b"), ConfigError, "is for 'hospital-b', and this node is 'hospital-a'")
-    unknown = server.ticket(bytes(32), int(time.time()) + 60)
-    unchanged(node, encode(unknown), EnrollmentError, "never issued")
-    foreign = dataclasses.replace(decode(invite := server.invite()), fingerprint="ab" * 32)
-    unchanged(node, encode(foreign), ConfigError, "another federation.*ledger/")
-    with monkeypatch.context() as patch:
-        patch.setattr("client.enroll._checked", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        unchanged(node, invite, KeyboardInterrupt, None)
-    with only_process(node), pytest.raises(DeploymentError, match="runs already"):
-        renew(invite, node)
-    with pytest.raises(ConfigError, match="Enroll first"):
-        renew(invite, tmp_path / "nowhere")
-
-
-def test_who_would_begin_anew_is_told_what_to_carry_over(server: Server, node: Path, data: Path) -> None:
-    with pytest.raises(ConfigError, match="exists already") as caught:
-        enroll(server.invite(), node, data, "imagefolder")
-    for word in (
-        f"fedzoo client renew INVITE --dir {node}",
-        "ledger/",
-        "state/ledger.json",
-        "secret",
-        "[privacy]",
-        "[policy]",
-    ):
-        assert word in str(caught.value)
 
 
 def test_a_foreign_server(server: Server, tmp_path: Path, data: Path) -> None:

@@ -6,14 +6,14 @@ import datetime
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import port_options
+from commands import port_options, run_here
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from typer.testing import CliRunner
 
 from client.config import NodeFolder
 from client.enroll import enroll, whoami
@@ -27,18 +27,13 @@ from server.enrollment import start_services
 from server.flower_control import FlowerNode
 from server.nodes import Roster
 from server.process import reconcile, shut_out
-from shared_models.errors import ConfigError, DeploymentError, EnrollmentError, FedzooError
+from shared_models.errors import ConfigError, DeploymentError, EnrollmentError
 from shared_models.expiry import ending
 
 DAY = 86400.0
 
 
-def fedzoo(*words: str) -> str:
-    result = CliRunner().invoke(app, list(words))
-    if isinstance(result.exception, FedzooError):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
+fedzoo = partial(run_here, app)
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import port_options
+from commands import port_options, run_here
 from cryptography import x509
-from typer.testing import CliRunner
 
 import server
 from server.authority import Authority
@@ -21,16 +21,10 @@ from server.flower_control import FlowerNode
 from server.nodes import Roster
 from server.process import reconcile
 from server.superlink import SuperLink, is_healthy
-from shared_models.errors import ConfigError, DeploymentError, EnrollmentError, FedzooError
+from shared_models.errors import ConfigError, DeploymentError, EnrollmentError
 from shared_models.invite import decode
 
-
-def fedzoo(*words: str) -> str:
-    result = CliRunner().invoke(app, list(words))
-    if isinstance(result.exception, FedzooError):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
+fedzoo = partial(run_here, app)
 
 
 @pytest.fixture
