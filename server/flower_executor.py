@@ -136,9 +136,13 @@ class FlowerExecutor:
         deadline = time.monotonic() + timeout
         seen = dict.fromkeys(open_, time.monotonic())
         while open_:
+            looked = 0.0  # seconds of looks that found nothing
             for message_id, instruction in list(open_.items()):
+                began = time.monotonic()
                 reply = self._pull(message_id, instruction)
-                if reply is not None:
+                if reply is None:
+                    looked += time.monotonic() - began
+                else:
                     del open_[message_id]
                     yield reply
             now = time.monotonic()
@@ -147,7 +151,7 @@ class FlowerExecutor:
                 return
             yield from self._give_up(open_, seen, now)
             if open_:
-                time.sleep(POLL)
+                time.sleep(max(POLL, looked))  # a large fleet is asked half the time at most
 
     def _pull(self, message_id: str, instruction: Instruction) -> Contribution | None:
         """The answer to one message, if it is there. Asked one by one: what a node uploaded can make flwr raise.

@@ -227,6 +227,43 @@ def test_a_superlink_that_is_away_ends_the_lease(make_job: Callable[..., Job], e
         coordinator.run()
 
 
+class Clock:
+    """Time that goes on when something is said to take it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_looking_in_vain_takes_half_the_time_at_most(
+    make_job: Callable[..., Job], engine: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three looks of 0.2 s that find nothing are followed by 0.6 s of rest."""
+    clock, looks = Clock(), 0
+    monkeypatch.setattr(flower_executor, "time", clock)
+    coordinator, grid, _ = federation(make_job(federation={"rounds": 1}), lambda i: engine.handler(i.site).handle(i))
+    pull = grid.pull_messages
+
+    def slow(ids: Iterable[str]) -> list[Message]:
+        nonlocal looks
+        looks += 1
+        if looks > 3:
+            return pull(ids)
+        clock.now += 0.2
+        return []
+
+    grid.pull_messages = slow  # type: ignore[method-assign]
+    coordinator.run()
+    assert max(clock.slept) == pytest.approx(0.6)
+
+
 def test_a_node_that_goes_offline_is_given_up(make_job: Callable[..., Job], engine: InProcess) -> None:
     def answer(instruction: Instruction) -> Any:
         if (instruction.site, instruction.kind) == ("b", "train"):
