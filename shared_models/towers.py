@@ -141,15 +141,15 @@ class Bag(nn.Module):
 
     No list of words is needed (Weinberger et al. 2009); two words may share a row. In bytes a word is a run of letters
     and digits, capital or not, and of whatever is not ASCII; a token of a file, which never has as many ids as there
-    are of bytes, is a word. The rows start near zero, so that a word that was never trained says next to nothing.
+    are of bytes, is a word. A row that starts near zero says next to nothing before it was trained.
     """
 
-    def __init__(self, buckets: int, dropout: float, vocabulary: int, outputs: int) -> None:
+    def __init__(self, buckets: int, dropout: float, vocabulary: int, outputs: int, std: float = 0.01) -> None:
         super().__init__()
         self.dropout = dropout
         self.bytes = vocabulary == Bytes.size
         self.table = nn.Embedding(buckets, outputs)
-        nn.init.normal_(self.table.weight, std=0.01)
+        nn.init.normal_(self.table.weight, std=std)
 
     def rows(self, ids: Tensor) -> Tensor:
         """(B, T) int64: at the last token of each word its row, else -1."""

@@ -60,6 +60,9 @@ class CLIPSettings(ModelSettings):
         text_heads: attention heads.
         buckets: rows of the table of a bag's words.
         text_dropout: share of a bag's words that are left out in training.
+        text_std: standard deviation of a bag's table at the start. With next to nothing (0.01) a word says what it has
+            learned; with one over the root of the space's width, words start as points of length 1 that are about as
+            far from each other, and images learn to find them: better for few texts, in a wide space (256).
         temperature: at the start; it is learned.
     """
 
@@ -78,6 +81,7 @@ class CLIPSettings(ModelSettings):
     text_heads: PositiveInt
     buckets: PositiveInt
     text_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    text_std: float = Field(0.01, gt=0.0, le=1.0)
     temperature: float = Field(0.07, ge=0.01)
 
     @model_validator(mode="after")
@@ -105,7 +109,7 @@ class CLIP(ImageText):
             block = _block(settings.text_width, settings.text_heads)
             self.language: nn.Module = TextTransformer(block, settings.text_layers, length, vocabulary, outputs)
         else:
-            self.language = Bag(settings.buckets, settings.text_dropout, vocabulary, outputs)
+            self.language = Bag(settings.buckets, settings.text_dropout, vocabulary, outputs, settings.text_std)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(settings.temperature)))
 
     def image(self, x: Tensor) -> Tensor:

@@ -208,6 +208,14 @@ def test_a_text_without_words_is_zero() -> None:
     assert torch.equal(bag(texts("?! ...")), torch.zeros(1, 4))
 
 
+def test_words_may_start_as_points_of_length_one() -> None:
+    """Of a table of 4,096 x 256 numbers the standard deviation is known to one part in a thousand."""
+    for std in (1 / 16, 0.01):
+        model = build((3, 32, 32, 24, Bytes.size), outputs=256, size="tiny", text_std=std)
+        lengths = model.language.table.weight.norm(dim=1)
+        torch.testing.assert_close(lengths.square().mean().sqrt(), torch.tensor(16 * std), rtol=0.005, atol=0)
+
+
 def test_words_are_left_out_in_training_alone() -> None:
     bag = Bag(1000, 0.5, Bytes.size, 4)
     ids = texts("a dog runs over it")
