@@ -132,7 +132,11 @@ class BatchNorm(nn.BatchNorm1d):
 
 def quarters(x: Tensor) -> Tensor:
     """The mean of each channel over each quarter, (B, C, H, W) -> (B, 4 C); a middle row or column belongs to both."""
-    rows, columns = ((slice((n + 1) // 2), slice(n // 2, n)) for n in x.shape[2:])
+    height, width = x.shape[2:]
+    if height % 2 == 0 and width % 2 == 0:  # one pass back; slices would fill the whole map with zeros for each quarter
+        means = x.unflatten(3, (2, -1)).unflatten(2, (2, -1)).mean(dim=(3, 5))  # (B, C, 2, 2)
+        return means.permute(0, 2, 3, 1).flatten(1)
+    rows, columns = ((slice((n + 1) // 2), slice(n // 2, n)) for n in (height, width))
     return torch.cat([x[:, :, row, column].mean(dim=(2, 3)) for row in rows for column in columns], dim=1)
 
 
