@@ -135,7 +135,8 @@ def quarters(x: Tensor) -> Tensor:
     height, width = x.shape[2:]
     if height % 2 == 0 and width % 2 == 0:  # one pass back; slices would fill the whole map with zeros for each quarter
         means = x.unflatten(3, (2, -1)).unflatten(2, (2, -1)).mean(dim=(3, 5))  # (B, C, 2, 2)
-        return means.permute(0, 2, 3, 1).flatten(1)
+        turned: Tensor = means.permute(0, 2, 3, 1).flatten(1)
+        return turned
     rows, columns = ((slice((n + 1) // 2), slice(n // 2, n)) for n in (height, width))
     return torch.cat([x[:, :, row, column].mean(dim=(2, 3)) for row in rows for column in columns], dim=1)
 
