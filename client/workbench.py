@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from client.allocator import keep_freed_memory
 from client.augment import Augment
 from shared_models.determinism import determinism as determinism
 from shared_models.errors import ConfigError, FingerprintError
@@ -39,7 +38,6 @@ class Workbench:
     """
 
     def __init__(self, job: Job, device: torch.device | None = None, start: Mapping[str, Tensor] | None = None) -> None:
-        keep_freed_memory()
         self.job = job
         self.start = start or {}
         self.device = device or make_device()
