@@ -202,7 +202,7 @@ def _difference(found: PerSample, batch: Batch, seed: int) -> float:
             given = torch.cat([flat(seeded(found, single)) for single in singles])
         else:
             given = flat(seeded(found, batch))
-    except (RuntimeError, ValueError) as error:  # NotImplementedError, which torch raises, is a RuntimeError
+    except (RuntimeError, ValueError) as error:
         raise PrivacyError(
             f"per-sample gradients by '{found.way}' cannot be computed here: {str(error).splitlines()[0]}",
             hint="Set privacy.gradients to another way (fedzoo models show lists them), or privacy.mode = 'client'",
