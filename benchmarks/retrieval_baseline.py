@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,46 @@ class Baseline:
         """The regression with this strength."""
         return Ridge(alpha=alpha).fit(self.scaler.transform(self.x[self.rows]), self.targets)
 
-    def recall(self, model: Ridge, gallery: np.ndarray) -> tuple[float, float]:
-        """Image to text, text to image; what is as near as the right one counts as nearer."""
-        guess = normalize(model.predict(self.scaler.transform(self.x[gallery])) - self.targets.mean(axis=0))
-        texts = normalize(self.words.transform([self.captions[row][0] for row in gallery]).toarray())
-        nearness = guess @ texts.T
-        own = nearness.diagonal()
-        ranks = (nearness >= own[:, None]).sum(axis=1), (nearness >= own[None]).sum(axis=0)
-        first, second = (float((rank <= RANK).mean()) for rank in ranks)
-        return first, second
+    def nearness(self, model: Ridge, rows: np.ndarray) -> np.ndarray:
+        """Of each image (rows) to the first caption of each (columns): (N, N)."""
+        guess = model.predict(self.scaler.transform(self.x[rows])) - self.targets.mean(axis=0)
+        texts = self.words.transform([self.captions[row][0] for row in rows]).toarray()
+        return np.asarray(normalize(guess) @ normalize(texts).T)
+
+
+def recalls(nearness: np.ndarray) -> tuple[float, float]:
+    """Image to text, text to image; what is as near as the right one counts as nearer."""
+    own = nearness.diagonal()
+    ranks = (nearness >= own[:, None]).sum(axis=1), (nearness >= own[None]).sum(axis=0)
+    first, second = (float((rank <= RANK).mean()) for rank in ranks)
+    return first, second
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """What the job's reader gives: features (N, F), captions, and which image is in which part."""
+
+    x: np.ndarray
+    captions: list[list[str]]
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def read(*settings: str) -> Photographs:
+    """The photographs of `examples/captions.toml` at 64x64, with these settings."""
+    job = Job.load(JOB, ["data.shape=[3, 64, 64]", *settings])
+    pooled = load_sites(job, JOB.parent).pooled()
+    store, tokenizer = pooled.train.store, make_tokenizer(job.data.tokenizer)
+    images = list(dict.fromkeys(store.together))
+    place = {name: i for i, name in enumerate(images)}
+    captions: list[list[str]] = [[] for _ in images]
+    for name, ids in zip(store.together, store.y.tolist(), strict=True):
+        captions[place[name]].append(tokenizer.decode(ids))
+    first = {name: row for row, name in reversed(list(enumerate(store.together)))}
+    x = np.stack([features(store.x[first[name]].permute(1, 2, 0).numpy()) for name in images])
+    parts = (pooled.train, pooled.validation, pooled.test)
+    return Photographs(x, captions, *(np.unique([place[store.together[r]] for r in p.rows.tolist()]) for p in parts))
 
 
 def measure(
@@ -85,7 +117,7 @@ def measure(
 
     def mean_over(model: Ridge, rows: np.ndarray) -> np.ndarray:
         galleries = [rows[i : i + GALLERY] for i in range(0, len(rows) - GALLERY + 1, GALLERY)]
-        return np.mean([baseline.recall(model, gallery) for gallery in galleries], axis=0)
+        return np.mean([recalls(baseline.nearness(model, gallery)) for gallery in galleries], axis=0)
 
     models = {alpha: baseline.fit(alpha) for alpha in ALPHAS}
     best = max(models, key=lambda alpha: float(mean_over(models[alpha], validation).mean()))
@@ -99,27 +131,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/retrieval_baseline.json"))
     chosen = parser.parse_args()
     started = time.process_time()
-    job = Job.load(JOB, ["data.shape=[3, 64, 64]"])
-    pooled = load_sites(job, JOB.parent).pooled()
-    store, tokenizer = pooled.train.store, make_tokenizer(job.data.tokenizer)
-    images = list(dict.fromkeys(store.together))
-    place = {name: i for i, name in enumerate(images)}
-    captions: list[list[str]] = [[] for _ in images]
-    for name, ids in zip(store.together, store.y.tolist(), strict=True):
-        captions[place[name]].append(tokenizer.decode(ids))
-    first = {name: row for row, name in reversed(list(enumerate(store.together)))}
-    x = np.stack([features(store.x[first[name]].permute(1, 2, 0).numpy()) for name in images])
-
-    def held(rows: Any) -> np.ndarray:
-        return np.unique([place[store.together[row]] for row in rows.tolist()])
-
-    own = measure(x, captions, *(held(part.rows) for part in (pooled.train, pooled.validation, pooled.test)))
+    data = read()
+    x, captions = data.x, data.captions
+    own = measure(x, captions, data.train, data.validation, data.test)
     splits = []
     for seed in range(chosen.splits):
-        order = np.random.default_rng(seed).permutation(len(images))
+        order = np.random.default_rng(seed).permutation(len(x))
         splits.append(measure(x, captions, *np.split(order, [len(order) * 6 // 10, len(order) * 8 // 10])))
     result = {
-        "images": len(images),
+        "images": len(x),
         "gallery": GALLERY,
         "chance": RANK / GALLERY,
         "parts of the job": own,

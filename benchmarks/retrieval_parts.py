@@ -22,14 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from retrieval_baseline import ALPHAS, GALLERY, JOB, RANK, Baseline, features
+from retrieval_baseline import ALPHAS, GALLERY, JOB, Baseline, read, recalls
 from scipy.stats import t as student
-from sklearn.preprocessing import normalize
 
-from client.readers.base import Examples
 from client.trainer import in_order
 from shared_models.job import Job
-from shared_models.tokens import make_tokenizer
 from simulations.compare import Benches, Setting, environment, load_sites, places, variant
 
 GALLERIES = 40
@@ -45,46 +42,20 @@ def renamed(source: Path, target: Path, prefix: str) -> None:
 
 
 def recall(nearness: np.ndarray, seed: int) -> float:
-    """Mean of both ways over random galleries; (N, N), an image's own text on the diagonal; a tie counts as nearer."""
-    source, found = np.random.default_rng(seed), []
-    for _ in range(GALLERIES):
-        rows = source.permutation(len(nearness))[:GALLERY]
-        shown = nearness[np.ix_(rows, rows)]
-        own = shown.diagonal()
-        ranks = (shown >= own[:, None]).sum(axis=1), (shown >= own[None]).sum(axis=0)
-        found.append(np.mean([rank <= RANK for rank in ranks]))
-    return float(np.mean(found))
+    """Mean of both ways over random galleries; (N, N), an image's own text on the diagonal."""
+    source = np.random.default_rng(seed)
+    galleries = [source.permutation(len(nearness))[:GALLERY] for _ in range(GALLERIES)]
+    return float(np.mean([recalls(nearness[np.ix_(rows, rows)]) for rows in galleries]))
 
 
 def by_ridge(root: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Nearness of images (rows) to first captions in each part, by the ridge that validation likes best; what it is."""
-    pooled = load_sites(Job.load(JOB, ["data.shape=[3, 64, 64]", f"simulation.root={root}"]), JOB.parent).pooled()
-    store, tokenizer = pooled.train.store, make_tokenizer("bytes")
-    names = list(dict.fromkeys(store.together))
-    place = {name: i for i, name in enumerate(names)}
-    captions: list[list[str]] = [[] for _ in names]
-    pixels: dict[str, np.ndarray] = {}
-    for row, name in enumerate(store.together):
-        captions[place[name]].append(tokenizer.decode(store.y[row].tolist()))
-        pixels.setdefault(name, store.x[row].permute(1, 2, 0).numpy())
-    x = np.stack([features(pixels[name]) for name in names])
-
-    def held(part: Examples) -> np.ndarray:
-        return np.unique([place[store.together[row]] for row in part.rows.tolist()])
-
-    baseline = Baseline(x, captions, held(pooled.train))
-
-    def nearness(alpha: float, part: Examples) -> np.ndarray:
-        rows = held(part)
-        guess = baseline.fit(alpha).predict(baseline.scaler.transform(x[rows])) - baseline.targets.mean(axis=0)
-        texts = baseline.words.transform([captions[row][0] for row in rows]).toarray()
-        return np.asarray(normalize(guess) @ normalize(texts).T)
-
-    best = max(ALPHAS, key=lambda alpha: recall(nearness(alpha, pooled.validation), 0))
-    return {part: nearness(best, getattr(pooled, part)) for part in ("validation", "test")}, {
-        "alpha": best,
-        "training images": len(baseline.rows),
-    }
+    data = read(f"simulation.root={root}")
+    baseline = Baseline(data.x, data.captions, data.train)
+    models = {alpha: baseline.fit(alpha) for alpha in ALPHAS}
+    best = max(ALPHAS, key=lambda alpha: recall(baseline.nearness(models[alpha], data.validation), 0))
+    found = {part: baseline.nearness(models[best], getattr(data, part)) for part in ("validation", "test")}
+    return found, {"alpha": best, "training images": len(data.train)}
 
 
 def by_clip(root: Path) -> dict[str, np.ndarray]:
