@@ -23,6 +23,7 @@ from shared_models.checks import check_contribution
 from shared_models.errors import Rejected, RunError
 from shared_models.files import write_whole
 from shared_models.job import Job
+from shared_models.lora import ProductMean
 from shared_models.messages import Budget, Contribution, Instruction, Part, payload_bytes
 from shared_models.methods.base import make_method, make_pieces, overrides
 from shared_models.models import models
@@ -170,7 +171,7 @@ class Coordinator:
         )
         asked = {site: replace(base, site=site, budget=budget) for site, budget in budgets.items() if budget}
         slots = {site: slot for slot, site in enumerate(cohort)}
-        mean = PairwiseMean(len(cohort))
+        mean = (ProductMean if self.job.lora.train == "both" else PairwiseMean)(len(cohort))
         rows: dict[str, dict[str, float]] = {}
         refused: dict[str, str] = {}
         validation: list[Contribution] = []

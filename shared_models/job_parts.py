@@ -210,11 +210,14 @@ class LoraPart(Part):
         rank: of the product that is learned; 0: no adapters.
         alpha: the product is multiplied by `alpha / rank`.
         targets: patterns of layers' names; empty: every linear layer but the head's.
+        train: the second factor (`b`), of which the mean is exact and half as much is sent; or `both`, which learn more
+            at the same rank, and of which the server averages the product.
     """
 
     rank: Annotated[int, Field(ge=0)] = 0
     alpha: Annotated[float, Field(gt=0)] = 16.0
     targets: tuple[str, ...] = ()
+    train: Literal["b", "both"] = "b"
 
 
 class TrainPart(Part):

@@ -3,9 +3,18 @@
     h = W x + b + (alpha / rank) B A x,    A: rank x in, drawn at random; B: out x rank, zero at the start
 
 In a federation the mean of products is not the product of means: mean(B_k) mean(A_k) differs from mean(B_k A_k).
-Here A is drawn from the job's seed, so that it is the same at all sites, and stays as it is; only B is trained, sent
+There are two ways to average the product (`lora.train`):
+
+`b`: A is drawn from the job's seed, so that it is the same at all sites, and stays as it is; only B is trained, sent
 and averaged. Then mean(B_k) A = mean(B_k A) exactly, and half as many bytes cross the network (Sun et al. 2024,
 FFA-LoRA).
+
+`both`: the factors are trained and sent, and the server averages the products P = mean(B_k A_k), out x in. Their rank
+is up to that of all sites together, more than an adapter holds, so it keeps what of P lies in the rows of mean(A_k):
+
+    A = mean(A_k),    B = P A^+  =  the B with the smallest || B A - P ||
+
+which is never further from P than mean(B_k) mean(A_k) is (`ProductMean`).
 
 A layer keeps its name and the names of its own weights, so that files of weights, stages and checkpoints of the whole
 model fit.
@@ -15,16 +24,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared_models.errors import ConfigError
 from shared_models.registry import nearest
+from shared_models.sums import Groups, PairwiseMean
 
-TRAINED = "*.lora_b.weight"
+A, B = ".lora_a.weight", ".lora_b.weight"
+TRAINED = {"b": (f"*{B}",), "both": (f"*{A}", f"*{B}")}  # what `lora.train` trains
 
 
 class Adapted(nn.Linear):
@@ -81,3 +93,30 @@ def adapt(model: nn.Module, rank: int, alpha: float, targets: Iterable[str], hea
 
 def _is_head(name: str, heads: Iterable[str]) -> bool:
     return any(fnmatchcase(f"{name}.weight", pattern) for pattern in heads)
+
+
+class ProductMean(PairwiseMean):
+    """A mean of models in which the products of adapters are averaged, where both of their factors come up.
+
+    The products are as large as the layers that they belong to.
+    """
+
+    def add(self, slot: int, groups: Groups, weights: Mapping[str, float]) -> None:
+        """Take one client's tensors; see `PairwiseMean.add`."""
+        model = groups["model"]
+        products = {b: model[b].float() @ model[a].float() for a, b in _pairs(model)}
+        super().add(slot, {**groups, "model": {**model, **products}}, weights)
+
+    def result(self) -> dict[str, dict[str, Tensor]] | None:
+        """The means in float32, or None; see `PairwiseMean.result`."""
+        found = super().result()
+        if found is not None:
+            model = found["model"]
+            for a, b in _pairs(model):
+                model[b] = (model[b].double() @ torch.linalg.pinv(model[a].double())).float()
+        return found
+
+
+def _pairs(model: Collection[str]) -> list[tuple[str, str]]:
+    """Names (A, B) of the adapters that have both in a model."""
+    return [(a, b) for a in model if a.endswith(A) and (b := a.removesuffix(A) + B) in model]

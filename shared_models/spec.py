@@ -12,7 +12,7 @@ The one table of rules, by nature and share:
 | constant     | -        | no   | no       | reset (covered by hash)      |
 | alias        | as owner | no   | no       | restored with what it aliases |
 
-An entry that both kinds of pattern match is personal. With `[lora]` all but the adapters and the head is base. Start
+An entry that both kinds of pattern match is personal. With `[lora]` all but what it trains and the head is base. Start
 values are those that a stage before left, else those of the `[weights]` file where it has the entry, else of the keyed
 initialisation.
 """
@@ -315,7 +315,7 @@ def _shares(names: list[str], job: Job) -> dict[str, Share]:
                 )
 
     def share(name: str) -> Share:
-        if job.lora.rank and not (_any(name, heads) or fnmatchcase(name, TRAINED)):
+        if job.lora.rank and not _any(name, (*heads, *TRAINED[job.lora.train])):
             return "base"
         if any(_matches(name, p, heads) for p in job.share.personal):
             return "personal"

@@ -104,6 +104,11 @@ PRIVACY_CASES: list[tuple[str, Parts, Parts]] = [
         {**SAMPLE, "method": {"name": "scaffold", "weighting": "uniform"}},
     ),
     (
+        "lora.train = 'both' averages the products of two factors, and privacy.mode = 'client' bounds what a site does",
+        {**CLIENT, "lora": {"rank": 2, "train": "both"}},
+        {**CLIENT, "lora": {"rank": 2}},
+    ),
+    (
         "federation.select = 'best' chooses by what sites measure, without noise",
         {**CLIENT, "federation": {"select": "best"}},
         {**SAMPLE, "federation": {"select": "best"}},

@@ -156,10 +156,11 @@ def test_batch_norm_in_training_is_refused_and_frozen_is_not(make_job: MakeJob) 
     "parts",
     [
         {"model": {"name": "vit"}, "lora": {"rank": 2}},
+        {"model": {"name": "vit"}, "lora": {"rank": 2, "train": "both"}},
         {"model": {"name": "resnet18", "norm": "batch"}, "share": {"base": ["!@head"]}},
         {"model": {"name": "cnn"}, "share": {"personal": ["@head"]}},
     ],
-    ids=["lora", "head-only", "personal-head"],
+    ids=["lora", "both-factors", "head-only", "personal-head"],
 )
 @pytest.mark.parametrize("way", ["vmap", "hooks"])
 def test_what_is_offered_instead_can_be_protected(make_job: MakeJob, parts: dict[str, object], way: str) -> None:

@@ -14,7 +14,7 @@ from server.coordinator import Coordinator
 from shared_models.errors import ConfigError
 from shared_models.job import Job
 from shared_models.job_parts import DataPart
-from shared_models.lora import Adapted, adapt
+from shared_models.lora import Adapted, ProductMean, adapt
 from shared_models.spec import build_model
 from simulations.engines.inprocess import InProcess
 
@@ -81,6 +81,62 @@ def test_the_mean_of_the_sites_is_the_mean_of_their_products() -> None:
         exact = 0.25 * product(alone["a"], layer, job) + 0.75 * product(alone["b"], layer, job)
         assert exact.abs().max() > 1e-4
         assert torch.allclose(product(both, layer, job), exact, atol=1e-7)
+
+
+def test_where_both_factors_are_trained_the_product_is_averaged_and_fitted() -> None:
+    """The server's product is the exact mean of products, of it what lies in the rows of the mean A; and no nearer B.
+
+    One round of a federation of two unequal sites against each site's round alone (hand-weighted).
+    """
+    train = {"optimizer": "adamw", "lr": 0.02, "batch_size": 4, "epochs": 3}
+    job = a_job(federation={"rounds": 1, "min_sites": 1}, lora={"rank": 2, "alpha": 4.0, "train": "both"}, train=train)
+    sites = {"a": a_site(1, 12), "b": a_site(2, 36)}
+
+    def trained(*names: str) -> dict[str, Tensor]:
+        engine = InProcess(names, sites.__getitem__, Benches(torch.device("cpu")))
+        return {n: t.double() for n, t in Coordinator(job, engine, "run").run().model.items()}
+
+    mean, alone = trained("a", "b"), {name: trained(name) for name in sites}
+    for layer in ("blocks.0.attention.qkv", "blocks.0.hidden"):
+        a, b = f"{layer}.lora_a.weight", f"{layer}.lora_b.weight"
+        exact = 0.25 * alone["a"][b] @ alone["a"][a] + 0.75 * alone["b"][b] @ alone["b"][a]  # (out, in)
+        middle, factors = 0.25 * alone["a"][a] + 0.75 * alone["b"][a], 0.25 * alone["a"][b] + 0.75 * alone["b"][b]
+        assert not torch.allclose(alone["a"][a], alone["b"][a], atol=1e-3)
+        assert torch.allclose(mean[a], middle, atol=1e-6)
+        found = mean[b] @ mean[a]
+        rows = torch.linalg.qr(middle.T).Q  # an orthonormal basis of the rows of A
+        assert torch.allclose(found, exact @ rows @ rows.T, atol=1e-6)
+        assert (found - exact).norm() < 0.999 * (factors @ middle - exact).norm()
+
+
+def test_a_mean_of_products_of_one_site_is_that_sites_and_of_equal_factors_exact() -> None:
+    source = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(shape, generator=source) for shape in ((2, 5), (4, 2), (4, 2)))
+    names = {"x.lora_a.weight": a, "head.weight": torch.ones(3)}
+
+    def mean(*seconds: Tensor) -> dict[str, Tensor]:
+        total = ProductMean(len(seconds))
+        for slot, second in enumerate(seconds):
+            total.add(slot, {"model": {**names, "x.lora_b.weight": second}}, {"model": 1.0 + slot})
+        found = total.result()
+        assert found is not None
+        return found["model"]
+
+    one, two = mean(b), mean(b, c)
+    assert torch.allclose(one["x.lora_b.weight"], b, atol=1e-6)
+    assert torch.allclose(two["x.lora_b.weight"], (b + 2 * c) / 3, atol=1e-6)
+    assert torch.equal(two["x.lora_a.weight"], a)
+    assert torch.equal(two["head.weight"], torch.ones(3))
+
+
+def test_with_both_factors_an_adapter_of_which_one_stays_at_the_sites_is_averaged_as_it_is() -> None:
+    job = a_job(lora={"rank": 2, "train": "both"}, share={"personal": ["*.lora_b.weight"]})
+    engine = InProcess(["a", "b"], lambda name: a_site(len(name), 16), Benches(torch.device("cpu")))
+    _, spec = build_model(job)
+    model = Coordinator(job, engine, "run").run().model
+    assert model.keys() == set(spec.sent)
+    assert any("lora_a" in name for name in model)
+    assert not any("lora_b" in name for name in model)
 
 
 def test_the_frozen_weights_do_not_move() -> None:
