@@ -89,7 +89,11 @@ TITLES = {
     "vit-whole": ("A ViT that knows MNIST learns digits of three other sites: all of it", VIT),
     "vit-lora": ("The same with adapters (LoRA)", f"{VIT} --set lora.rank=8"),
     "gpt-whole": ("A GPT that read all other roles learns the ten: all of it", f"{GPT} --set train.lr=0.001"),
-    "gpt-lora": ("The same with adapters (LoRA)", f"{GPT} --set train.lr=0.01 --set lora.rank=16"),
+    "gpt-lora": ("The same with adapters (LoRA), one factor", f"{GPT} --set train.lr=0.01 --set lora.rank=16"),
+    "gpt-lora-both": (
+        "The same with adapters, both factors",
+        f"{GPT} --set train.lr=0.01 --set lora.rank=32 --set lora.train=both",
+    ),
     "anomalies": ("Digits: an autoencoder finds the anomalous class", "examples/anomalies.toml"),
     "clusters": ("Digits: k-means from merged sums", "examples/clusters.toml"),
     "split-digits": (
@@ -107,10 +111,11 @@ TITLES = {
         "--set stream.kind=rotation",
     ),
 }
-NEEDS = {"vit-whole": "vit", "vit-lora": "vit", "gpt-whole": "gpt", "gpt-lora": "gpt"}
+NEEDS = {"vit-whole": "vit", "vit-lora": "vit", "gpt-whole": "gpt", "gpt-lora": "gpt", "gpt-lora-both": "gpt"}
 AGAINST = {
     "pretext-rotation": "pretext-random", "pretext-jigsaw": "pretext-random", "pretext-colorization": "pretext-random",
     "convolutions-rotation": "convolutions-random", "vit-lora": "vit-whole", "gpt-lora": "gpt-whole",
+    "gpt-lora-both": "gpt-whole",
 }  # fmt: skip
 NOTES = {
     "heart": """
