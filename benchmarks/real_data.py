@@ -87,7 +87,7 @@ TITLES = {
         f"{CONVOLUTIONS} --set stages.pretext.federation.rounds=6",
     ),
     "vit-whole": ("A ViT that knows MNIST learns digits of three other sites: all of it", VIT),
-    "vit-lora": ("The same with adapters (LoRA)", f"{VIT} --set lora.rank=8"),
+    "vit-lora": ("The same with adapters (LoRA), one factor", f"{VIT} --set lora.rank=8"),
     "gpt-whole": ("A GPT that read all other roles learns the ten: all of it", f"{GPT} --set train.lr=0.001"),
     "gpt-lora": ("The same with adapters (LoRA), one factor", f"{GPT} --set train.lr=0.01 --set lora.rank=16"),
     "gpt-lora-both": (

@@ -105,6 +105,13 @@ def _draws_inputs(job: Job) -> bool:
     return overrides(make_method(job), "refine")
 
 
+def _steps_at_server(job: Job) -> bool:
+    """Whether the next model is not simply the mean of the sites'."""
+    from shared_models.methods.base import make_method, overrides
+
+    return overrides(make_method(job), "finish")
+
+
 BY_CLASS = ("dirichlet", "shards", "labels")  # partitions
 
 RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
@@ -310,6 +317,11 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         lambda job: _draws_inputs(job) and bool(job.share.personal),
         "method '{job.method.name}' trains the whole model at the server, and [share] personal keeps a part of it at "
         "the sites",
+    ),
+    (
+        lambda job: bool(job.lora.rank) and job.lora.train == "both" and _steps_at_server(job),
+        "method '{job.method.name}' takes a step of its own from the sites' mean, for each factor by itself, and "
+        "lora.train = 'both' averages their product; 'fedavg' and 'fedprox' take the mean, or set lora.train = 'b'",
     ),
     *PRIVACY_RULES,
 )

@@ -236,7 +236,7 @@ def _require_chain(steps: Sequence[Job], stages: Sequence[Stage], where: str) ->
                 hint="Give data.mean and data.std",
             )
     for (a, first), (b, second) in pairwise(zip(steps, stages, strict=True)):
-        if a.lora.rank and a.lora != b.lora:
+        if a.lora.rank and a.lora.model_copy(update={"train": b.lora.train}) != b.lora:
             raise ConfigError(
                 f"{where}: stage '{second.name}' has not the adapters of stage '{first.name}', and what these learned "
                 "would be lost",

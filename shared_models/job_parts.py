@@ -210,8 +210,8 @@ class LoraPart(Part):
         rank: of the product that is learned; 0: no adapters.
         alpha: the product is multiplied by `alpha / rank`.
         targets: patterns of layers' names; empty: every linear layer but the head's.
-        train: the second factor (`b`), of which the mean is exact and half as much is sent; or `both`, which learn more
-            at the same rank, and of which the server averages the product.
+        train: `b`, the second factor, of which the mean is exact and about half as much is sent; or `both` factors, of
+            which the server averages the product and keeps what fits the rank.
     """
 
     rank: Annotated[int, Field(ge=0)] = 0

@@ -6,15 +6,18 @@ In a federation the mean of products is not the product of means: mean(B_k) mean
 There are two ways to average the product (`lora.train`):
 
 `b`: A is drawn from the job's seed, so that it is the same at all sites, and stays as it is; only B is trained, sent
-and averaged. Then mean(B_k) A = mean(B_k A) exactly, and half as many bytes cross the network (Sun et al. 2024,
+and averaged. Then mean(B_k) A = mean(B_k A) exactly, and about half as many bytes cross the network (Sun et al. 2024,
 FFA-LoRA).
 
-`both`: the factors are trained and sent, and the server averages the products P = mean(B_k A_k), out x in. Their rank
-is up to that of all sites together, more than an adapter holds, so it keeps what of P lies in the rows of mean(A_k):
+`both`: both factors are trained and sent, and the server averages the products, P = mean(B_k A_k), out x in. Its rank
+may be that of all sites together, more than an adapter holds: the server keeps what of P lies in the rows of A,
 
-    A = mean(A_k),    B = P A^+  =  the B with the smallest || B A - P ||
+    A = mean(A_k),    B = mean(B_k) + (P - mean(B_k) A) A^+,
 
-which is never further from P than mean(B_k) mean(A_k) is (`ProductMean`).
+which is the B for which || B A - P || (Frobenius) is smallest, and with equal A_k again the mean of the B_k. It has the
+aim of FlexLoRA (Bai et al. 2024), which takes the singular vectors of P instead: nearer to P, but then A is another
+after each round, turned and scaled. Directions of A weaker than `WEAK` times its strongest are left as mean(B_k) has
+them, for the B that they ask for would be very large.
 
 A layer keeps its name and the names of its own weights, so that files of weights, stages and checkpoints of the whole
 model fit.
@@ -31,11 +34,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared_models.determinism import determinism
 from shared_models.errors import ConfigError
 from shared_models.registry import nearest
 from shared_models.sums import Groups, PairwiseMean
 
 A, B = ".lora_a.weight", ".lora_b.weight"
+PRODUCT = ".product"  # behind the name of a B, of what is averaged beside it
+WEAK = 1e-3
 TRAINED = {"b": (f"*{B}",), "both": (f"*{A}", f"*{B}")}  # what `lora.train` trains
 
 
@@ -98,13 +104,14 @@ def _is_head(name: str, heads: Iterable[str]) -> bool:
 class ProductMean(PairwiseMean):
     """A mean of models in which the products of adapters are averaged, where both of their factors come up.
 
-    The products are as large as the layers that they belong to.
+    A product is as large as the layer that it belongs to, and waits as the site's other tensors do.
     """
 
     def add(self, slot: int, groups: Groups, weights: Mapping[str, float]) -> None:
         """Take one client's tensors; see `PairwiseMean.add`."""
         model = groups["model"]
-        products = {b: model[b].float() @ model[a].float() for a, b in _pairs(model)}
+        with determinism(True):
+            products = {b + PRODUCT: model[b].float() @ model[a].float() for a, b in pairs(model)}
         super().add(slot, {**groups, "model": {**model, **products}}, weights)
 
     def result(self) -> dict[str, dict[str, Tensor]] | None:
@@ -112,11 +119,13 @@ class ProductMean(PairwiseMean):
         found = super().result()
         if found is not None:
             model = found["model"]
-            for a, b in _pairs(model):
-                model[b] = (model[b].double() @ torch.linalg.pinv(model[a].double())).float()
+            with determinism(True):
+                for a, b in pairs(model):
+                    missing = model.pop(b + PRODUCT) - model[b] @ model[a]  # of one site's: zero
+                    model[b] = model[b] + (missing.double() @ torch.linalg.pinv(model[a].double(), rtol=WEAK)).float()
         return found
 
 
-def _pairs(model: Collection[str]) -> list[tuple[str, str]]:
+def pairs(model: Collection[str]) -> list[tuple[str, str]]:
     """Names (A, B) of the adapters that have both in a model."""
     return [(a, b) for a in model if a.endswith(A) and (b := a.removesuffix(A) + B) in model]

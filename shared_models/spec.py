@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from shared_models.errors import ConfigError, FingerprintError
 from shared_models.job import Job
 from shared_models.keys import key, keyed_global
-from shared_models.lora import TRAINED, adapt
+from shared_models.lora import TRAINED, adapt, pairs
 from shared_models.models import configure, models
 from shared_models.tasks.base import make_task
 from shared_models.weights import Match, find_weights, load_weights
@@ -199,13 +199,19 @@ def describe(model: nn.Module, job: Job, match: Match | None = None) -> ModelSpe
         match: what was loaded into the model.
 
     Raises:
-        ConfigError: a pattern matches nothing, takes one name of a tied tensor and leaves the other, or nothing is left
-            that is both trained and averaged.
+        ConfigError: a pattern matches nothing, takes one name of a tied tensor and leaves the other, makes an adapter's
+            first factor personal and not its second, or nothing is left that is both trained and averaged.
     """
     natures, aliases = _natures(model)
     shares = _shares(list(natures), job)
     if job.lora.rank:  # a head that is the embedding stays as it is with it
         shares |= {name: "base" for pair in aliases.items() for name in pair}
+        for a, b in pairs(shares):
+            if (shares[a], shares[b]) == ("personal", "averaged"):
+                raise ConfigError(
+                    f"[share] averages '{b}' over sites that each have their own '{a}', whose product it is part of",
+                    hint="Keep the second factors personal as well, or in place of the first",
+                )
     for name, owner in aliases.items():
         if shares[name] != shares[owner]:
             raise ConfigError(

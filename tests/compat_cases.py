@@ -282,4 +282,9 @@ CASES: list[tuple[str, Parts, Parts]] = [
         {**DFKD, "share": {"personal": ["@head"]}},
         {**DFKD, "share": {"base": ["!@head"]}},
     ),
+    (
+        "method 'fedadam' takes a step of its own from the sites' mean, for each factor by itself",
+        {"method": {"name": "fedadam"}, "lora": {"rank": 2, "train": "both"}},
+        {"method": {"name": "fedadam"}, "lora": {"rank": 2}},
+    ),
 ]

@@ -105,6 +105,18 @@ def test_entries_of_another_shape_are_not_carried() -> None:
     assert "hidden1.weight" not in left
 
 
+@pytest.mark.parametrize(("first", "second"), [("b", "both"), ("both", "b")])
+def test_adapters_are_carried_to_a_stage_that_trains_other_factors_of_them(first: str, second: str) -> None:
+    stages = ({"name": name, "lora": {"rank": 2, "train": train}} for name, train in (("one", first), ("two", second)))
+    one, two = a_job(*stages, model={"name": "vit", "layers": 1}).steps
+    adapter = {f"blocks.0.hidden.lora_{factor}.weight" for factor in "ab"}
+    model = {name: torch.full_like(value, 7.0) for name, value in build_model(one)[0].state_dict().items()}
+    left = carried(one, two, model)
+    assert adapter <= left.keys()
+    entries = build_model(two, start=left)[0].state_dict()
+    assert all(torch.equal(entries[name], model[name]) for name in adapter)
+
+
 @pytest.mark.parametrize(("positions", "found"), [({}, False), ({"positions": 16}, True)])
 def test_gpt_keeps_its_positions_from_next_tokens_to_classes_where_their_number_is_told(
     positions: dict[str, int], found: bool

@@ -203,7 +203,7 @@ def test_the_hash_never_changes_by_accident() -> None:
         '"shape":[1,2,2],"std":[0.5],"stride":0,"target":"label","text":["text"],"text_length":64,"tile":[],'
         '"tokenizer":"","train_share":1.0},"federation":{"fraction":1.0,"max_update_norm":1000000.0,'
         '"min_sites":1,"round_timeout":3600.0,"rounds":10,"select":"last","wait":86400.0},'
-        '"lora":{"alpha":16.0,"rank":0,"targets":[]},'
+        '"lora":{"alpha":16.0,"rank":0,"targets":[],"train":"b"},'
         '"method":{"name":"fedavg","weighting":"examples"},"model":{"name":"logistic","size":"tiny"},'
         '"name":"pinned","place":"federated","privacy":{"accountant":"rdp","clip":1.0,"clip_rate":0.2,"delta":1e-05,'
         '"epsilon":0.0,"gradients":"auto","mechanism":"gaussian","mode":"none","noise":null,"noise_by":"server",'

@@ -229,8 +229,9 @@ def test_an_image_in_quarters() -> None:
     x = torch.zeros(1, 1, 4, 6)
     x[..., :2, 3:], x[..., 2:, :3], x[..., 2:, 3:] = 1.0, 2.0, 3.0
     assert quarters(x).tolist() == [[0, 1, 2, 3]]
-    odd = torch.randn(2, 3, 5, 7)
-    torch.testing.assert_close(quarters(odd), adaptive_avg_pool2d(odd, 2).flatten(2).transpose(1, 2).flatten(1))
+    for several in (torch.randn(2, 3, 4, 6), torch.randn(2, 3, 5, 7)):
+        means = adaptive_avg_pool2d(several, 2).flatten(2).transpose(1, 2).flatten(1)
+        torch.testing.assert_close(quarters(several), means)
     assert quarters(torch.ones(1, 2, 1, 1)).tolist() == [[1.0] * 8]
 
 
