@@ -5,9 +5,9 @@
 The part of a photograph (train, validation, test) and its site follow from its name, so the thousand are linked under
 other names, 1_, 2_, ...: as many divisions into parts and sites. (CLIP's settings were chosen on the first division's
 validation images, of which about a fifth are test images in each of these.) In each the ridge of
-`retrieval_baseline.py` and the federated model of `examples/captions.toml` (seed 0) rank the same 40 random galleries of
-100 test images: recall@10, the mean of both ways. The trainings share photographs, so the interval of the difference is
-widened as Nadeau and Bengio (2003, section 3) have it: 1 / parts becomes 1 / parts + test / train.
+`retrieval_baseline.py` and the federated model of `examples/captions.toml` (seed 0) rank the same 40 random galleries
+of 100 test images: recall@10, the mean of both ways. The trainings share photographs, so the interval of the difference
+is widened as Nadeau and Bengio (2003, section 3) have it: 1 / parts becomes 1 / parts + test / train.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def recall(nearness: np.ndarray, seed: int) -> float:
 
 
 def by_ridge(root: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Nearness of images (rows) to first captions in each part, by the ridge that validation likes best; its strength."""
+    """Nearness of images (rows) to first captions in each part, by the ridge that validation likes best; its alpha."""
     data = read(f"simulation.root={root}")
     baseline = Baseline(data.x, data.captions, data.train)
     models = {alpha: baseline.fit(alpha) for alpha in ALPHAS}

@@ -133,9 +133,7 @@ class BatchNorm(nn.BatchNorm1d):
 def quarters(x: Tensor) -> Tensor:
     """The mean of each channel over each quarter, (B, C, H, W) -> (B, 4 C); a middle row or column belongs to both."""
     height, width = x.shape[2:]
-    if (
-        height % 2 == 0 and width % 2 == 0
-    ):  # one backward pass; slices would fill the whole map with zeros for each quarter
+    if height % 2 == 0 and width % 2 == 0:  # in one pass; each slice's backward fills a whole map with zeros
         means = x.unflatten(3, (2, -1)).unflatten(2, (2, -1)).mean(dim=(3, 5))  # (B, C, 2, 2)
         turned: Tensor = means.permute(0, 2, 3, 1).flatten(1)
         return turned

@@ -60,8 +60,8 @@ class CLIPSettings(ModelSettings):
         text_heads: attention heads.
         buckets: rows of the table of a bag's words.
         text_dropout: share of a bag's words that are left out in training.
-        text_std: standard deviation of a bag's table at the start. With next to nothing (0.01) a word adds little until it
-            is trained; with one over the root of the space's width, words start as points of length 1, all about
+        text_std: standard deviation of a bag's table at the start. With next to nothing (0.01) a word adds little until
+            it is trained; with one over the root of the space's width, words start as points of length 1, all about
             equally far from each other, and images learn to find them: better for few texts, in a wide space (256).
         temperature: at the start; it is learned.
     """
