@@ -33,7 +33,7 @@ from client.readers.folders import listed, named, read_text, shown
 from client.readers.images import load_image, open_picture
 from client.readers.samples import Sample, fill, in_order
 from client.readers.table import own_part, own_site
-from client.readers.texts import to_ids
+from client.readers.texts import say_cut, to_ids
 from shared_models.errors import ConfigError, DataError
 from shared_models.tokens import make_tokenizer
 
@@ -74,6 +74,7 @@ class Captions(Reader):
             return (image.expand(len(ids), -1, -1, -1), torch.stack(ids)) if sample.tiles else (image, ids[0])
 
         store = fill(in_order(_samples(root, wanted, most, bad)), decode, wanted, bad)
+        say_cut(store.y)
         return replace(store, alternatives=most > 1)
 
     def check(self, root: Path) -> dict[str, Any]:

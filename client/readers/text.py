@@ -58,8 +58,8 @@ class PlainText(Reader):
                     else:
                         pieces = windows(said, tokenizer, length)
                     samples += [Sample(f"{name}#{inner}{i:07d}", ids, part, place) for i, ids in enumerate(pieces)]
-        none = torch.tensor(0)
-        return text_store(in_order(samples), lambda sample: Text(sample.about, none), wanted, bad)
+        none, lines = torch.tensor(0), wanted.data.cut == "lines"
+        return text_store(in_order(samples), lambda sample: Text(sample.about, none), wanted, bad, lines)
 
     def check(self, root: Path) -> dict[str, Any]:
         """Files, lines that are not empty and characters; every file that cannot be read."""

@@ -7,6 +7,7 @@ follows.
 from __future__ import annotations
 
 import gzip
+import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from client.readers.folders import as_text, read_bytes, shown
 from client.readers.samples import Sample, for_all
 from shared_models.errors import ConfigError, DataError
 from shared_models.tokens import BEGIN, END, PAD, Tokenizer, make_tokenizer
+
+log = logging.getLogger("fedzoo.client")
 
 A = TypeVar("A")
 
@@ -46,6 +49,13 @@ def padded(ids: Sequence[int], length: int) -> Tensor:
     return torch.tensor(kept + [PAD] * (length - len(kept)))
 
 
+def say_cut(ids: Tensor) -> None:
+    """Log how many texts did not fit, of (N, T) int64 as `to_ids` gives them."""
+    cut = int(((ids[:, -1] != PAD) & (ids[:, -1] != END)).sum())
+    if cut:
+        log.info("%d of %d texts have more tokens than the job's %d and are cut off there", cut, *ids.shape)
+
+
 def windows(text: str, tokenizer: Tokenizer, length: int) -> Iterator[Tensor]:
     """A long text in pieces of `length - 1` tokens that follow one another, each behind a `<begin>`; the last may be
     shorter.
@@ -66,16 +76,29 @@ def tokenizer_of(wanted: Wanted) -> Tokenizer:
 
 
 def text_store(
-    samples: Sequence[Sample[A]], decode: Callable[[Sample[A]], Text], wanted: Wanted, bad: Tolerance
+    samples: Sequence[Sample[A]],
+    decode: Callable[[Sample[A]], Text],
+    wanted: Wanted,
+    bad: Tolerance,
+    whole: bool = True,
 ) -> Store:
-    """Decode all samples, in their order; raises a DataError where there is none, or too many cannot be decoded."""
+    """Decode all samples, in their order; `whole` where each is a text by itself, not a window of a longer one.
+
+    Raises:
+        DataError: there is none, or too many cannot be decoded.
+    """
     found = bad.each(samples, decode)
     if not found:
         raise DataError("there is no text", hint="Each example needs at least one character")
     kept = [sample for sample, _ in found]
+    ids, targets = (torch.stack(column) for column in zip(*((text.ids, text.target) for _, text in found), strict=True))
+    if whole:
+        say_cut(ids)
+    if targets.dim() == 2:
+        say_cut(targets)
     return Store(
-        x=torch.stack([text.ids for _, text in found]).int(),
-        y=torch.stack([text.target for _, text in found]),
+        x=ids.int(),
+        y=targets,
         names=[sample.name for sample in kept],
         data=wanted.data,
         parts=for_all([sample.part for sample in kept], "a part"),

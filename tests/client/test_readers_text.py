@@ -76,6 +76,22 @@ def test_lines_are_examples_with_an_end_where_there_is_room(tmp_path: Path) -> N
     assert store.inputs.dtype == torch.int64
 
 
+def test_texts_that_do_not_fit_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One of 15 letters has no room for its end; windows of a longer text have none that could be missed."""
+    file = write(tmp_path / "a.txt", "one\n" + 14 * "f" + "\n" + 15 * "c" + "\n" + 40 * "d")
+    for language, lines in (("en", ("one", 15 * "e")), ("de", (20 * "z", 20 * "d"))):
+        for part in PARTS:
+            write(tmp_path / "pairs" / f"{part}.{language}", "\n".join(lines))
+    with caplog.at_level("INFO", "fedzoo.client"):
+        texts(file)
+        texts(file, cut="windows")
+        parallel(tmp_path / "pairs")
+    counts = ((2, 4), (3, 6), (6, 6))
+    assert caplog.messages == [
+        f"{cut} of {count} texts have more tokens than the job's 16 and are cut off there" for cut, count in counts
+    ]
+
+
 @pytest.mark.parametrize("length", [2, 3, 7, 16, 500])
 def test_windows_cover_a_text_without_gap_or_overlap(tmp_path: Path, length: int) -> None:
     whole = "".join(chr(0x100 + i) if i % 5 == 0 else chr(0x21 + i % 90) for i in range(150)) + "\n\nlast\n"
