@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,14 +78,29 @@ def by_clip(root: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of two divisions at least."""
+    apart = [row["clip test"] - row["ridge test"] for row in rows]
+    share = statistics.mean(row["test images"] / row["training images"] for row in rows)
+    wide = float(student.ppf(0.975, len(rows) - 1)) * statistics.stdev(apart) * math.sqrt(1 / len(rows) + share)
+    mean = statistics.mean(apart)
+    return {
+        "rows": rows,
+        "mean": {way: round(statistics.mean(row[f"{way} test"] for row in rows), 4) for way in ("ridge", "clip")},
+        "clip - ridge": {"mean": round(mean, 4), "low": round(mean - wide, 4), "high": round(mean + wide, 4)},
+        "environment": environment(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=int, default=6)
+    parser.add_argument("--parts", type=int, default=6, help="divisions, two at least")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     source = Path(os.environ["FEDZOO_DATA"]) / "flickr8k_1000"
-    rows, started = [], time.process_time()
+    rows: list[dict[str, Any]] = []
+    started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(1, chosen.parts + 1):
             root = Path(folder) / str(number)
@@ -94,20 +110,10 @@ def main() -> None:
             for way, found in (("ridge", ridge), ("clip", clip)):
                 rows[-1].update({f"{way} {part}": round(recall(n, number), 4) for part, n in found.items()})
             print(json.dumps(rows[-1]), flush=True)
-    apart = [row["clip test"] - row["ridge test"] for row in rows]
-    share = statistics.mean(row["test images"] / row["training images"] for row in rows)
-    wide = float(student.ppf(0.975, len(rows) - 1)) * statistics.stdev(apart) * math.sqrt(1 / len(rows) + share)
-    mean = statistics.mean(apart)
-    result = {
-        "rows": rows,
-        "mean": {way: round(statistics.mean(row[f"{way} test"] for row in rows), 4) for way in ("ridge", "clip")},
-        "clip - ridge": {"mean": round(mean, 4), "low": round(mean - wide, 4), "high": round(mean + wide, 4)},
-        "seconds": round(time.process_time() - started, 1),
-        "environment": environment(),
-    }
-    print(json.dumps(result, indent=2))
-    if chosen.out:
-        chosen.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            if chosen.out and number > 1:  # each takes minutes
+                result = {**summary(rows), "seconds": round(time.process_time() - started, 1)}
+                chosen.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(summary(rows), indent=2))
 
 
 if __name__ == "__main__":
