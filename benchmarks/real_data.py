@@ -92,7 +92,7 @@ TITLES = {
     "gpt-lora": ("The same with adapters (LoRA), one factor", f"{GPT} --set train.lr=0.01 --set lora.rank=16"),
     "gpt-lora-both": (
         "The same with adapters, both factors",
-        f"{GPT} --set train.lr=0.01 --set lora.rank=32 --set lora.train=both",
+        f"{GPT} --set train.lr=0.02 --set lora.rank=16 --set lora.train=both",
     ),
     "anomalies": ("Digits: an autoencoder finds the anomalous class", "examples/anomalies.toml"),
     "clusters": ("Digits: k-means from merged sums", "examples/clusters.toml"),
