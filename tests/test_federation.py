@@ -73,6 +73,7 @@ def test_real_nodes_give_the_bits_of_the_simulator(federation: Federation, job: 
     assert not same_bits(run, federation.simulated(job.replace(seed=1)))
 
 
+@pytest.mark.slow
 def test_real_nodes_carry_out_stages(federation: Federation) -> None:
     """A pretext task on a stream, with replay, then a probe, whose frozen part reaches the nodes as it was left."""
     run = federation.submit(STAGED)

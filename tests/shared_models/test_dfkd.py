@@ -277,6 +277,7 @@ def test_with_privacy_it_spends_nothing(job: Job, sites: Sites, mode: dict[str, 
     assert spent[0]["epsilon"]
 
 
+@pytest.mark.slow
 def test_it_forgets_less_on_digits(make_job: Callable[..., Job]) -> None:
     """Ten digits in five tasks at three sites: far more is known with the task known, and much more without."""
     digits = make_job(

@@ -236,6 +236,7 @@ def test_jobs_on_other_sites_or_of_one_name_are_refused(make_job: Any, tmp_path:
         cube.load(tmp_path / "cube.json")
 
 
+@pytest.mark.slow
 def test_a_stopped_cube_goes_on_and_ends_with_the_same_table(
     make_job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
