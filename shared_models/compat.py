@@ -319,7 +319,7 @@ RULES: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "the sites",
     ),
     (
-        lambda job: bool(job.lora.rank) and job.lora.train == "both" and _steps_at_server(job),
+        lambda job: job.lora.train == "both" and _steps_at_server(job),
         "method '{job.method.name}' takes a step of its own from the sites' mean, for each factor by itself, and "
         "lora.train = 'both' averages their product; 'fedavg' and 'fedprox' take the mean, or set lora.train = 'b'",
     ),

@@ -183,7 +183,7 @@ PRIVACY_RULES: tuple[Rule, ...] = (
         "alone; 'fedprox' limits drift too and can be protected, or privacy.mode = 'sample'",
     ),
     (
-        lambda job: _client(job) and bool(job.lora.rank) and job.lora.train == "both",
+        lambda job: _client(job) and job.lora.train == "both",
         "lora.train = 'both' averages the products of two factors, and privacy.mode = 'client' bounds what a site does "
         "to the factors, not to their product; set lora.train = 'b'",
     ),

@@ -219,6 +219,12 @@ class LoraPart(Part):
     targets: tuple[str, ...] = ()
     train: Literal["b", "both"] = "b"
 
+    @model_validator(mode="after")
+    def _needs_a_rank(self) -> LoraPart:
+        if self.train == "both" and not self.rank:
+            raise ValueError("train = 'both' trains the factors of adapters, and rank 0 has none: set rank")
+        return self
+
 
 class TrainPart(Part):
     """`[train]`: one site's work in one round.

@@ -42,6 +42,17 @@ def a_site(seed: int, count: int) -> Splits:
     return Splits(*(Examples(store, torch.arange(count)) for _ in range(3)))
 
 
+def one_round(job: Job) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The models of a federation of two unequal sites, 12 and 36 examples, and of each of them alone."""
+    sites = {"a": a_site(1, 12), "b": a_site(2, 36)}
+
+    def trained(*names: str) -> dict[str, Tensor]:
+        engine = InProcess(names, sites.__getitem__, Benches(torch.device("cpu")))
+        return {n: t.clone() for n, t in Coordinator(job, engine, "run").run().model.items()}
+
+    return trained(*sites), {name: trained(name) for name in sites}
+
+
 def product(model: dict[str, Tensor], layer: str, job: Job) -> Tensor:
     """What the adapter of a layer adds to its weight."""
     adapted = build_model(job)[0].get_submodule(layer)
@@ -68,15 +79,9 @@ def test_only_the_second_factor_and_the_head_cross_the_network() -> None:
 
 
 def test_the_mean_of_the_sites_is_the_mean_of_their_products() -> None:
-    """One round of a federation of two unequal sites against each site's round alone (hand-weighted)."""
+    """Both sites together against each alone (hand-weighted)."""
     job = a_job(federation={"rounds": 1, "min_sites": 1})
-    sites = {"a": a_site(1, 12), "b": a_site(2, 36)}
-
-    def trained(*names: str) -> dict[str, Tensor]:
-        engine = InProcess(names, sites.__getitem__, Benches(torch.device("cpu")))
-        return {n: t.clone() for n, t in Coordinator(job, engine, "run").run().model.items()}
-
-    both, alone = trained("a", "b"), {name: trained(name) for name in sites}
+    both, alone = one_round(job)
     for layer in ("blocks.0.attention.qkv", "blocks.0.hidden"):
         exact = 0.25 * product(alone["a"], layer, job) + 0.75 * product(alone["b"], layer, job)
         assert exact.abs().max() > 1e-4
@@ -86,17 +91,11 @@ def test_the_mean_of_the_sites_is_the_mean_of_their_products() -> None:
 def test_where_both_factors_are_trained_the_product_is_averaged_and_fitted_to_the_rank() -> None:
     """The server's product is, of the exact mean of products, what lies in the rows of the mean A.
 
-    One round of a federation of two unequal sites against each site's round alone (hand-weighted).
+    Both sites together against each alone (hand-weighted).
     """
     train = {"optimizer": "adamw", "lr": 0.02, "batch_size": 4, "epochs": 3}
     job = a_job(federation={"rounds": 1, "min_sites": 1}, lora={"rank": 2, "alpha": 4.0, "train": "both"}, train=train)
-    sites = {"a": a_site(1, 12), "b": a_site(2, 36)}
-
-    def trained(*names: str) -> dict[str, Tensor]:
-        engine = InProcess(names, sites.__getitem__, Benches(torch.device("cpu")))
-        return {n: t.double() for n, t in Coordinator(job, engine, "run").run().model.items()}
-
-    mean, alone = trained("a", "b"), {name: trained(name) for name in sites}
+    mean, alone = one_round(job)
     for layer in ("blocks.0.attention.qkv", "blocks.0.hidden"):
         a, b = f"{layer}.lora_a.weight", f"{layer}.lora_b.weight"
         exact = 0.25 * alone["a"][b] @ alone["a"][a] + 0.75 * alone["b"][b] @ alone["b"][a]  # (out, in)
@@ -183,6 +182,11 @@ def test_the_same_as_peft() -> None:
         adapted(x).square().sum().backward()
     assert torch.allclose(ours(x), theirs(x), atol=1e-6)
     assert torch.allclose(ours[0].lora_b.weight.grad, layer.lora_B["default"].weight.grad, atol=1e-5)
+
+
+def test_factors_without_a_rank_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"lora.*rank 0 has none: set rank"):
+        a_job(lora={"train": "both"})
 
 
 def test_targets() -> None:
